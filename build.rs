@@ -1,0 +1,44 @@
+//! Compiles `proto/` with protox, so that no protoc needs to be installed.
+
+#![expect(clippy::disallowed_methods, reason = "cargo speaks to a build script through its environment")]
+
+use std::{env, error::Error, fs, path::PathBuf};
+
+const FILES: [&str; 3] = ["keyward/v1/self_service.proto", "keyward/v1/token_service.proto", "keyward/v1/validation_service.proto"];
+
+/// Messages that carry a token: their derived `Debug` would print it. `api` writes one that does not.
+const SECRET: [&str; 5] = [
+    "keyward.v1.ValidateTokenRequest",
+    "keyward.v1.BatchValidateTokensRequest",
+    "keyward.v1.CreateTokenResponse",
+    "keyward.v1.RegenerateTokenResponse",
+    "keyward.v1.RegenerateSelfResponse",
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed=proto");
+    let mut compiler = protox::Compiler::new(["proto"])?;
+    // Source info carries the comments, which `grpcurl describe` shows.
+    compiler.include_source_info(true).include_imports(true).open_files(FILES)?;
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    fs::write(out.join("descriptors.bin"), compiler.encode_file_descriptor_set())?;
+
+    let mut config = tonic_prost_build::Config::new();
+    config.skip_debug(SECRET);
+    tonic_prost_build::configure().btree_map(".").compile_fds_with_config(compiler.file_descriptor_set(), config)?;
+    println!("cargo::rustc-env=KEYWARD_VERSION={}", version());
+    Ok(())
+}
+
+/// The version, with the commit where there is one to ask.
+fn version() -> String {
+    println!("cargo::rerun-if-changed=.git/HEAD");
+    let commit = std::process::Command::new("git")
+        .args(["rev-parse", "--short=12", "HEAD"])
+        .output()
+        .ok()
+        .filter(|output| output.status.success())
+        .and_then(|output| String::from_utf8(output.stdout).ok());
+    let version = env!("CARGO_PKG_VERSION");
+    commit.map_or_else(|| version.to_owned(), |commit| format!("{version} ({})", commit.trim()))
+}

@@ -1,0 +1,135 @@
+//! What time is it, and give me random bytes: the only reader of clocks and of the operating system's randomness.
+//!
+//! Invariant: no other room reads a clock or draws randomness (`clippy.toml` bans the calls; test `owners_are_alone`).
+
+#![expect(clippy::disallowed_methods, reason = "this room is the owner of what is banned elsewhere")]
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
+};
+
+use rand::{TryRng, rngs::SysRng};
+
+use crate::error::{Error, Result};
+
+/// An instant: microseconds since 1970-01-01T00:00:00Z.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Time(i64);
+
+impl Time {
+    /// Later than every instant that Keyward takes from anybody.
+    pub const NEVER: Self = Self(i64::MAX);
+
+    /// From microseconds since 1970.
+    #[must_use]
+    pub const fn from_micros(micros: i64) -> Self {
+        Self(micros)
+    }
+
+    /// Microseconds since 1970.
+    #[must_use]
+    pub const fn micros(self) -> i64 {
+        self.0
+    }
+
+    /// Milliseconds since 1970, none before it.
+    #[must_use]
+    pub fn millis(self) -> u64 {
+        u64::try_from(self.0 / 1000).unwrap_or(0)
+    }
+}
+
+impl std::ops::Add<Duration> for Time {
+    type Output = Self;
+
+    fn add(self, span: Duration) -> Self {
+        Self(self.0.saturating_add(i64::try_from(span.as_micros()).unwrap_or(i64::MAX)))
+    }
+}
+
+impl std::ops::Sub<Duration> for Time {
+    type Output = Self;
+
+    fn sub(self, span: Duration) -> Self {
+        Self(self.0.saturating_sub(i64::try_from(span.as_micros()).unwrap_or(i64::MAX)))
+    }
+}
+
+impl fmt::Debug for Time {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}µs", self.0)
+    }
+}
+
+/// The one clock of a server. Tests turn one by hand.
+#[derive(Clone, Debug, Default)]
+pub struct Clock {
+    by_hand: Option<Arc<AtomicI64>>,
+}
+
+impl Clock {
+    /// The system's clock.
+    #[must_use]
+    pub fn system() -> Self {
+        Self::default()
+    }
+
+    /// A clock that stands still until somebody turns it.
+    #[must_use]
+    pub fn by_hand(start: Time) -> Self {
+        Self { by_hand: Some(Arc::new(AtomicI64::new(start.0))) }
+    }
+
+    /// The present instant.
+    #[must_use]
+    pub fn now(&self) -> Time {
+        match &self.by_hand {
+            Some(micros) => Time(micros.load(Ordering::SeqCst)),
+            None => Time(
+                SystemTime::now()
+                    .duration_since(SystemTime::UNIX_EPOCH)
+                    .map_or(0, |since| i64::try_from(since.as_micros()).unwrap_or(i64::MAX)),
+            ),
+        }
+    }
+
+    /// Turns a clock by hand. The system's clock does not turn.
+    pub fn advance(&self, span: Duration) {
+        if let Some(micros) = &self.by_hand {
+            micros.fetch_add(i64::try_from(span.as_micros()).unwrap_or(0), Ordering::SeqCst);
+        }
+    }
+}
+
+/// How long something takes; not affected by the clock being set.
+#[derive(Clone, Copy, Debug)]
+pub struct Stopwatch(Instant);
+
+impl Stopwatch {
+    /// Starts one.
+    #[must_use]
+    pub fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    /// The time since the start.
+    #[must_use]
+    pub fn elapsed(self) -> Duration {
+        self.0.elapsed()
+    }
+}
+
+/// Random bytes from the operating system.
+///
+/// # Errors
+/// `Internal` if the operating system has none.
+pub fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    SysRng.try_fill_bytes(&mut bytes).map_err(|error| Error::Internal(error.into()))?;
+    Ok(bytes)
+}

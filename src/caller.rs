@@ -1,0 +1,193 @@
+//! Who is calling Keyward, and what they may do.
+//!
+//! Invariant: nobody grants what they do not hold (test `nobody_grants_more_than_they_hold`).
+
+use std::{net::IpAddr, sync::Arc};
+
+use crate::{
+    error::{Error, Result},
+    grant::Grant,
+    scope::{Right, Scope},
+    token::TokenId,
+};
+
+/// What a method asks of its caller.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// Nothing: health and reflection.
+    Public,
+    /// That they are known.
+    Known,
+    /// That they may manage their own tokens.
+    Own,
+    /// That they may manage the tokens of a workspace.
+    Admin,
+    /// That they may ask about tokens.
+    Validate,
+}
+
+/// A caller whose token or certificate was found good for this very call.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    /// The token that was presented; none with a certificate.
+    pub token_id: Option<TokenId>,
+    /// The caller's workspace.
+    pub workspace: Arc<str>,
+    /// The caller's principal.
+    pub principal: Arc<str>,
+    /// What the caller may do.
+    pub scopes: Arc<[Scope]>,
+    /// Where the call came from.
+    pub address: Option<IpAddr>,
+}
+
+impl Caller {
+    /// The caller whom a valid token stands for.
+    #[must_use]
+    pub fn of_grant(grant: &Grant, address: Option<IpAddr>) -> Self {
+        Self {
+            token_id: Some(grant.token_id),
+            workspace: Arc::clone(&grant.workspace),
+            principal: Arc::clone(&grant.principal),
+            scopes: Arc::clone(&grant.scopes),
+            address,
+        }
+    }
+
+    fn holds(&self, right: Right) -> bool {
+        self.scopes.iter().any(|scope| Right::of(scope) == Some(right))
+    }
+
+    /// Whether the caller may do everything everywhere.
+    #[must_use]
+    pub fn is_root(&self) -> bool {
+        self.holds(Right::Root)
+    }
+
+    fn is_admin(&self) -> bool {
+        self.is_root() || self.holds(Right::Admin)
+    }
+
+    /// Refuses the caller a method that asks for more than they hold.
+    ///
+    /// # Errors
+    /// `Denied`, with the scope that is missing.
+    pub fn authorize(&self, access: Access) -> Result<()> {
+        let (allowed, refusal) = match access {
+            Access::Public | Access::Known => return Ok(()),
+            Access::Own => {
+                (self.is_admin() || self.holds(Right::Own), "this method needs a token with keyward:self, keyward:admin or keyward:root")
+            }
+            Access::Admin => (self.is_admin(), "this method needs a token with keyward:admin or keyward:root"),
+            Access::Validate => (
+                self.is_admin() || self.holds(Right::Validate) || self.holds(Right::ValidateAny),
+                "this method needs a token with keyward:validate, keyward:validate-any, keyward:admin or keyward:root",
+            ),
+        };
+        if allowed { Ok(()) } else { Err(Error::Denied(refusal.to_owned())) }
+    }
+
+    /// The only workspace whose tokens the caller may ask about; nothing: every one.
+    #[must_use]
+    pub fn validation_reach(&self) -> Option<&str> {
+        if self.is_root() || self.holds(Right::ValidateAny) { None } else { Some(&self.workspace) }
+    }
+
+    /// The only workspace that the caller may manage; nothing: every one.
+    #[must_use]
+    pub fn management_reach(&self) -> Option<&str> {
+        if self.is_root() { None } else { Some(&self.workspace) }
+    }
+
+    /// The workspace that a request is about: the one it names, or else the caller's own.
+    ///
+    /// # Errors
+    /// `NotFound` for another workspace than the caller may manage.
+    pub fn workspace<'a>(&'a self, asked: &'a str) -> Result<&'a str> {
+        match self.management_reach() {
+            _ if asked.is_empty() => Ok(&self.workspace),
+            Some(own) if own != asked => Err(Error::NotFound("workspace")),
+            _ => Ok(asked),
+        }
+    }
+
+    /// Whether the caller may give this scope to a token.
+    #[must_use]
+    pub fn can_grant(&self, scope: &Scope) -> bool {
+        match Right::of(scope) {
+            _ if self.is_root() => true,
+            Some(Right::Root | Right::ValidateAny) => false,
+            _ if self.is_admin() => true,
+            _ => self.scopes.iter().any(|held| held.covers(scope)),
+        }
+    }
+
+    /// Refuses the caller a change to a token that holds more than they do: they could otherwise take it over or shut its holder out.
+    ///
+    /// # Errors
+    /// `Denied`.
+    pub fn outranks(&self, scopes: &[Scope]) -> Result<()> {
+        match scopes.iter().find(|scope| !self.can_grant(scope)) {
+            None => Ok(()),
+            Some(scope) => Err(Error::Denied(format!("this token holds `{scope}`, which the caller cannot grant"))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn caller(scopes: &[&str]) -> Caller {
+        Caller {
+            token_id: None,
+            workspace: "default".into(),
+            principal: "alice".into(),
+            scopes: scopes.iter().map(|scope| scope.parse().expect("a scope")).collect(),
+            address: None,
+        }
+    }
+
+    #[test]
+    fn nobody_grants_more_than_they_hold() {
+        let grants = |held: &[&str], scope: &str| caller(held).can_grant(&scope.parse().expect("a scope"));
+        for scope in ["keyward:root", "keyward:validate-any", "keyward:admin", "*", "a:b"] {
+            assert!(grants(&["keyward:root"], scope), "{scope}");
+        }
+        for scope in ["keyward:admin", "keyward:self", "keyward:validate", "*", "a:*"] {
+            assert!(grants(&["keyward:admin"], scope), "{scope}");
+        }
+        for scope in ["keyward:root", "keyward:validate-any"] {
+            assert!(!grants(&["keyward:admin", "keyward:validate", "*"], scope), "{scope}");
+        }
+        assert!(!grants(&["keyward:admin", "keyward:validate-any"], "keyward:validate-any"), "only root grants it");
+        assert!(grants(&["keyward:self", "a:*"], "a:b"));
+        for scope in ["keyward:admin", "keyward:validate", "b:c", "*"] {
+            assert!(!grants(&["keyward:self", "a:*"], scope), "{scope}");
+        }
+        assert!(!grants(&["*"], "keyward:self"));
+    }
+
+    #[test]
+    fn each_right_opens_its_doors_only() {
+        let doors = |scopes: &[&str]| {
+            [Access::Known, Access::Own, Access::Admin, Access::Validate].map(|access| caller(scopes).authorize(access).is_ok())
+        };
+        assert_eq!(doors(&["keyward:root"]), [true, true, true, true]);
+        assert_eq!(doors(&["keyward:admin"]), [true, true, true, true]);
+        assert_eq!(doors(&["keyward:self"]), [true, true, false, false]);
+        assert_eq!(doors(&["keyward:validate"]), [true, false, false, true]);
+        assert_eq!(doors(&["keyward:validate-any"]), [true, false, false, true]);
+        assert_eq!(doors(&["*"]), [true, false, false, false]);
+        assert_eq!(doors(&[]), [true, false, false, false]);
+    }
+
+    #[test]
+    fn only_root_leaves_its_workspace() {
+        assert_eq!(caller(&["keyward:root"]).workspace("other").ok(), Some("other"));
+        assert_eq!(caller(&["keyward:admin"]).workspace("").ok(), Some("default"));
+        assert!(matches!(caller(&["keyward:admin"]).workspace("other"), Err(Error::NotFound("workspace"))));
+        assert_eq!(caller(&["keyward:admin"]).validation_reach(), Some("default"));
+        assert_eq!(caller(&["keyward:validate-any"]).validation_reach(), None);
+    }
+}

@@ -1,0 +1,332 @@
+//! The facts of a token, and what they mean for one use of it at one instant.
+//!
+//! Invariant: [`Grant::judge`] is pure and looks at causes in one order, so a cached fact gives the answer that a fresh one gives
+//! (test `the_first_cause_decides`).
+//! Invariant: intervals are half-open: a token is expired at the very instant `expire_time` (test `a_token_ends_at_its_instant`).
+
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+
+use ipnet::IpNet;
+
+use crate::{ambient::Time, scope::Scope, token::TokenId};
+
+/// How long a token is meant to live.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// For an application or a person.
+    Permanent,
+    /// For one login session.
+    Temporary,
+}
+
+/// What people have made of a token. Its expiry is not stored: time makes it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum State {
+    /// It may be used.
+    Active,
+    /// Switched off for the time being.
+    Inactive,
+    /// Ended for good.
+    Revoked,
+}
+
+/// A state as it is shown: what people made of it, and time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ShownState {
+    /// It may be used.
+    Active,
+    /// Switched off for the time being.
+    Inactive,
+    /// Past its date.
+    Expired,
+    /// Ended for good.
+    Revoked,
+}
+
+/// A token with everything that may be shown of it.
+#[derive(Clone, Debug)]
+pub struct Token {
+    /// Its id.
+    pub id: TokenId,
+    /// The workspace it belongs to.
+    pub workspace: String,
+    /// Its name.
+    pub display_name: String,
+    /// Whom it stands for.
+    pub principal: String,
+    /// How long it is meant to live.
+    pub kind: Kind,
+    /// What people made of it.
+    pub state: State,
+    /// The first 8 characters of its text.
+    pub hint: String,
+    /// What it may do.
+    pub scopes: Vec<Scope>,
+    /// The products it is for; none: any.
+    pub audiences: Vec<String>,
+    /// Where it may be used from; none: anywhere.
+    pub allowed_cidrs: Vec<IpNet>,
+    /// Free text of its owner.
+    pub metadata: BTreeMap<String, String>,
+    /// The login session of a temporary one; may be empty.
+    pub session_id: String,
+    /// The principal who created it.
+    pub created_by: String,
+    /// When it was created.
+    pub create_time: Time,
+    /// When its settings, state or secret last changed.
+    pub update_time: Time,
+    /// When it ends; [`Time::NEVER`]: never.
+    pub expire_time: Time,
+    /// When it was revoked.
+    pub revoke_time: Option<Time>,
+    /// Why; may be empty.
+    pub revoke_reason: String,
+    /// Counts its changes.
+    pub version: i64,
+    /// When it was last used.
+    pub last_used_time: Option<Time>,
+    /// From where, if that was said.
+    pub last_used_ip: Option<IpAddr>,
+    /// How often it was used.
+    pub use_count: i64,
+}
+
+impl Token {
+    /// Its state at an instant.
+    #[must_use]
+    pub fn shown_state(&self, now: Time) -> ShownState {
+        match self.state {
+            State::Revoked => ShownState::Revoked,
+            _ if self.expire_time <= now => ShownState::Expired,
+            State::Active => ShownState::Active,
+            State::Inactive => ShownState::Inactive,
+        }
+    }
+}
+
+/// The facts of a token that its judgement needs and its validator is told.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Grant {
+    /// Its id.
+    pub token_id: TokenId,
+    /// The workspace it belongs to.
+    pub workspace: Arc<str>,
+    /// Whom it stands for.
+    pub principal: Arc<str>,
+    /// How long it is meant to live.
+    pub kind: Kind,
+    /// What people made of it.
+    pub state: State,
+    /// What it may do.
+    pub scopes: Arc<[Scope]>,
+    /// The products it is for; none: any.
+    pub audiences: Vec<String>,
+    /// Where it may be used from; none: anywhere.
+    pub allowed_cidrs: Vec<IpNet>,
+    /// Its name.
+    pub display_name: String,
+    /// Free text of its owner.
+    pub metadata: BTreeMap<String, String>,
+    /// When it ends.
+    pub expire_time: Time,
+    /// Until when the secret that was presented is good: [`Time::NEVER`], or the end of its grace after a regeneration.
+    pub secret_expire_time: Time,
+    /// Whether its principal is suspended.
+    pub principal_suspended: bool,
+    /// Whether its workspace is suspended.
+    pub workspace_suspended: bool,
+}
+
+/// What one use of a token needs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Need<'a> {
+    /// The only workspace whose tokens may be told apart from unknown ones; nothing: every one.
+    pub workspace: Option<&'a str>,
+    /// The product that was called; nothing: not checked.
+    pub audience: Option<&'a str>,
+    /// The client that presented the token, if known.
+    pub client_ip: Option<IpAddr>,
+    /// The scopes that it takes.
+    pub scopes: &'a [Scope],
+}
+
+/// The answer. See `Verdict` in the proto.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+#[expect(missing_docs, reason = "the proto's comments are these variants' documentation")]
+pub enum Verdict {
+    Valid,
+    Unknown,
+    Revoked,
+    Expired,
+    Inactive,
+    PrincipalSuspended,
+    WorkspaceSuspended,
+    WrongAudience,
+    IpNotAllowed,
+    InsufficientScope,
+}
+
+impl Grant {
+    /// Whether the token is good for this need, now. The first cause that applies is the verdict.
+    #[must_use]
+    pub fn judge(&self, need: &Need<'_>, now: Time) -> Verdict {
+        let foreign = need.workspace.is_some_and(|workspace| *self.workspace != *workspace);
+        if foreign || self.secret_expire_time <= now {
+            Verdict::Unknown
+        } else if self.state == State::Revoked {
+            Verdict::Revoked
+        } else if self.expire_time <= now {
+            Verdict::Expired
+        } else if self.state == State::Inactive {
+            Verdict::Inactive
+        } else if self.principal_suspended {
+            Verdict::PrincipalSuspended
+        } else if self.workspace_suspended {
+            Verdict::WorkspaceSuspended
+        } else if !self.allows_audience(need.audience) {
+            Verdict::WrongAudience
+        } else if !self.allows_ip(need.client_ip) {
+            Verdict::IpNotAllowed
+        } else if self.missing_scopes(need).next().is_some() {
+            Verdict::InsufficientScope
+        } else {
+            Verdict::Valid
+        }
+    }
+
+    /// The scopes that are needed and not held.
+    pub fn missing_scopes<'a>(&'a self, need: &Need<'a>) -> impl Iterator<Item = &'a Scope> {
+        let held = |needed: &Scope| self.scopes.iter().any(|scope| scope.covers(needed));
+        need.scopes.iter().filter(move |needed| !held(needed))
+    }
+
+    fn allows_audience(&self, audience: Option<&str>) -> bool {
+        audience.is_none_or(|asked| self.audiences.is_empty() || self.audiences.iter().any(|held| held == asked))
+    }
+
+    fn allows_ip(&self, client_ip: Option<IpAddr>) -> bool {
+        self.allowed_cidrs.is_empty()
+            || client_ip.is_some_and(|ip| {
+                // An IPv4 client of a dual-stack socket shows as ::ffff:a.b.c.d.
+                let ip = ip.to_canonical();
+                self.allowed_cidrs.iter().any(|range| range.contains(&ip))
+            })
+    }
+}
+
+#[cfg(test)]
+impl Grant {
+    /// One that is good for `agents:list` at `billing` from 10.0.0.0/8.
+    pub(crate) fn example(display_name: &str) -> Self {
+        Self {
+            token_id: TokenId::new(Time::from_micros(0)).expect("randomness"),
+            workspace: "default".into(),
+            principal: "alice".into(),
+            kind: Kind::Permanent,
+            state: State::Active,
+            scopes: Arc::new(["agents:list".parse().expect("a scope")]),
+            audiences: vec!["billing".to_owned()],
+            allowed_cidrs: vec!["10.0.0.0/8".parse().expect("a range")],
+            display_name: display_name.to_owned(),
+            metadata: BTreeMap::new(),
+            expire_time: Time::NEVER,
+            secret_expire_time: Time::NEVER,
+            principal_suspended: false,
+            workspace_suspended: false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    const NOW: Time = Time::from_micros(1_000_000_000);
+
+    fn grant() -> Grant {
+        Grant::example("ci")
+    }
+
+    fn judge(grant: &Grant, audience: Option<&str>, ip: Option<&str>, scope: &str, workspace: Option<&str>) -> Verdict {
+        let scopes = [scope.parse().expect("a scope")];
+        let client_ip = ip.map(|ip| ip.parse().expect("an address"));
+        grant.judge(&Need { workspace, audience, client_ip, scopes: &scopes }, NOW)
+    }
+
+    /// Every cause of a refusal in the order of judgement: what it does to the facts, or which part of the need it spoils.
+    const CAUSES: [(Verdict, fn(&mut Grant), &str); 11] = [
+        (Verdict::Unknown, |_| (), "workspace"),
+        (Verdict::Unknown, |grant| grant.secret_expire_time = NOW, ""),
+        (Verdict::Revoked, |grant| grant.state = State::Revoked, ""),
+        (Verdict::Expired, |grant| grant.expire_time = NOW, ""),
+        (Verdict::Inactive, |grant| grant.state = State::Inactive, ""),
+        (Verdict::PrincipalSuspended, |grant| grant.principal_suspended = true, ""),
+        (Verdict::WorkspaceSuspended, |grant| grant.workspace_suspended = true, ""),
+        (Verdict::WrongAudience, |_| (), "audience"),
+        (Verdict::IpNotAllowed, |_| (), "ip"),
+        (Verdict::IpNotAllowed, |_| (), "no ip"),
+        (Verdict::InsufficientScope, |_| (), "scope"),
+    ];
+
+    fn judge_with(causes: &[&(Verdict, fn(&mut Grant), &str)]) -> Verdict {
+        let mut grant = grant();
+        causes.iter().for_each(|cause| cause.1(&mut grant));
+        let spoils = |part| causes.iter().any(|cause| cause.2 == part);
+        judge(
+            &grant,
+            Some(if spoils("audience") { "shipping" } else { "billing" }),
+            if spoils("no ip") { None } else { Some(if spoils("ip") { "11.0.0.1" } else { "10.1.2.3" }) },
+            if spoils("scope") { "agents:delete" } else { "agents:list" },
+            Some(if spoils("workspace") { "other" } else { "default" }),
+        )
+    }
+
+    #[test]
+    fn the_first_cause_decides() {
+        assert_eq!(judge_with(&[]), Verdict::Valid);
+        for (index, first) in CAUSES.iter().enumerate() {
+            assert_eq!(judge_with(&[first]), first.0);
+            for second in &CAUSES[index..] {
+                // A token is revoked or inactive, not both: the later state stands.
+                if (first.0, second.0) == (Verdict::Revoked, Verdict::Inactive) {
+                    continue;
+                }
+                assert_eq!(judge_with(&[first, second]), first.0, "{:?} comes before {:?}", first.0, second.0);
+            }
+        }
+    }
+
+    #[test]
+    fn a_token_ends_at_its_instant() {
+        let mut grant = grant();
+        grant.expire_time = NOW + Duration::from_micros(1);
+        assert_eq!(judge(&grant, None, Some("10.1.2.3"), "agents:list", None), Verdict::Valid);
+        grant.expire_time = NOW;
+        assert_eq!(judge(&grant, None, Some("10.1.2.3"), "agents:list", None), Verdict::Expired);
+    }
+
+    #[test]
+    fn a_mapped_address_is_its_ipv4_address() {
+        assert_eq!(judge(&grant(), None, Some("::ffff:10.1.2.3"), "agents:list", None), Verdict::Valid);
+        assert_eq!(judge(&grant(), None, Some("::ffff:11.1.2.3"), "agents:list", None), Verdict::IpNotAllowed);
+    }
+
+    #[test]
+    fn a_token_without_audiences_is_good_at_any() {
+        let mut grant = grant();
+        grant.audiences.clear();
+        assert_eq!(judge(&grant, Some("shipping"), Some("10.1.2.3"), "agents:list", None), Verdict::Valid);
+    }
+
+    #[test]
+    fn a_token_without_scopes_reaches_nothing_that_requires_one() {
+        let mut grant = grant();
+        grant.scopes = Arc::new([]);
+        assert_eq!(judge(&grant, None, Some("10.1.2.3"), "agents:list", None), Verdict::InsufficientScope);
+        let need = Need { client_ip: Some("10.1.2.3".parse().expect("an address")), ..Need::default() };
+        assert_eq!(grant.judge(&need, NOW), Verdict::Valid);
+    }
+}

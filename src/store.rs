@@ -1,0 +1,461 @@
+//! Every query as one verb, domain types in and out: embedded SQLite, or PostgreSQL.
+//!
+//! Reads go through [`Store`]; changes through a [`Tx`], which takes the next change number first, so that the order of numbers is the
+//! order of commits, and which carries the audit rows of the change.
+//!
+//! Invariant: nothing outside this room knows the database; no statement or parameter is ever logged (test `no_secret_is_anywhere`).
+//! Invariant: work waits for a connection for a bounded time only, and ends in a bounded time (test `a_database_that_is_gone_is_unavailable`).
+
+mod audit;
+mod entity;
+mod migrations;
+mod tokens;
+mod transaction;
+mod usage;
+
+use std::{
+    fmt,
+    fs::{File, OpenOptions, TryLockError},
+    future::Future,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use sea_orm::{
+    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbBackend, DbErr, RuntimeErr, Statement,
+    sqlx::{
+        self, Connection as _,
+        sqlite::{SqliteJournalMode, SqliteSynchronous},
+    },
+};
+use sea_orm_migration::{MigratorTrait as _, SchemaManager};
+use tokio::{sync::Semaphore, time::timeout};
+
+pub use audit::AuditEvent;
+pub use tokens::{Cursor, Filter, Order, OrderKey};
+pub use transaction::{Claim, Tx};
+pub use usage::UseDelta;
+
+use crate::{
+    ambient::Stopwatch,
+    error::{Error, Result},
+    token::{Keyring, Kid},
+};
+
+/// How long work waits for its turn and then for a connection.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long one verb may take. PostgreSQL is told to give up a little earlier, so that it does not go on for nobody.
+const WORK_TIMEOUT: Duration = Duration::from_secs(8);
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(6);
+const POSTGRES_CONNECTIONS: u32 = 16;
+const SQLITE_READERS: u32 = 4;
+/// SQLite 3.7.0 to 3.51.2 can corrupt a database when its WAL is reset.
+const SQLITE_VERSION_MIN: (u32, u32, u32) = (3, 51, 3);
+/// "keyward" in a PostgreSQL advisory lock: one for migrations, one for serving.
+const LOCK_MIGRATE: i64 = 0x6b65_7977_6172_6401;
+const LOCK_SERVE: i64 = 0x6b65_7977_6172_6402;
+
+/// Told of every verb: its name, how long it took, and whether it failed.
+pub type Observer = Box<dyn Fn(&'static str, Duration, bool) + Send + Sync>;
+
+/// Which database.
+#[derive(Clone, PartialEq, Eq)]
+pub enum DatabaseUrl {
+    /// A file; made if missing.
+    Sqlite(PathBuf),
+    /// `postgres://user:password@host:port/database`.
+    Postgres(String),
+}
+
+impl fmt::Debug for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Sqlite(path) => write!(f, "sqlite://{}", path.display()),
+            Self::Postgres(_) => f.write_str("postgres://…"),
+        }
+    }
+}
+
+impl std::str::FromStr for DatabaseUrl {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        const RULE: &str = "must be sqlite://path/to/file.db or postgres://user:password@host:port/database";
+        match text.split_once("://") {
+            Some(("sqlite", path)) if !path.is_empty() && !path.contains('?') => Ok(Self::Sqlite(path.into())),
+            Some(("postgres" | "postgresql", _)) => text
+                .parse::<sqlx::postgres::PgConnectOptions>()
+                .map(|_| Self::Postgres(text.to_owned()))
+                // The parser's own message may quote the URL, password and all.
+                .map_err(|_| RULE.to_owned()),
+            _ => Err(RULE.to_owned()),
+        }
+    }
+}
+
+/// The open database. Reads and changes have connections of their own on SQLite, where there is one writer.
+pub struct Store {
+    reader: DatabaseConnection,
+    writer: DatabaseConnection,
+    read_permits: Semaphore,
+    write_permits: Semaphore,
+    observer: Observer,
+    /// What keeps a second server away: dropped last.
+    _exclusive: Exclusive,
+}
+
+enum Exclusive {
+    Folder { _lock: File },
+    Session { _connection: tokio::sync::Mutex<sqlx::PgConnection> },
+}
+
+/// How the schema in the database compares with the one that this program needs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Schema {
+    /// The same.
+    Current,
+    /// Migrations are missing, perhaps all.
+    Old,
+    /// It has migrations that this program does not know.
+    Newer,
+}
+
+impl Store {
+    /// Opens the database, alone, and brings its schema up to date if `migrate`.
+    ///
+    /// # Errors
+    /// A sentence for the operator: what is wrong and what to do.
+    pub async fn open(url: &DatabaseUrl, migrate: bool, observer: Observer) -> std::result::Result<Self, String> {
+        let store = match url {
+            DatabaseUrl::Sqlite(path) => Self::open_sqlite(path, observer).await?,
+            DatabaseUrl::Postgres(url) => Self::open_postgres(url, observer).await?,
+        };
+        store.settle_schema(migrate).await?;
+        Ok(store)
+    }
+
+    async fn open_sqlite(path: &Path, observer: Observer) -> std::result::Result<Self, String> {
+        let lock = lock_folder(path)?;
+        let shown = path.display();
+        let failed = |error: DbErr| format!("the database {shown} cannot be opened: {}", cause(&error));
+        let writer = Database::connect(sqlite_options(path, 1, false)).await.map_err(failed)?;
+        let version: String = single(&writer, "SELECT sqlite_version()").await.map_err(failed)?;
+        if parse_version(&version) < Some(SQLITE_VERSION_MIN) {
+            let (major, minor, fix) = SQLITE_VERSION_MIN;
+            return Err(format!("SQLite {version} can damage its database: this program needs {major}.{minor}.{fix} or later; rebuild it"));
+        }
+        let reader = Database::connect(sqlite_options(path, SQLITE_READERS, true)).await.map_err(failed)?;
+        Ok(Self {
+            reader,
+            writer,
+            read_permits: Semaphore::new(SQLITE_READERS as usize),
+            write_permits: Semaphore::new(1),
+            observer,
+            _exclusive: Exclusive::Folder { _lock: lock },
+        })
+    }
+
+    async fn open_postgres(url: &str, observer: Observer) -> std::result::Result<Self, String> {
+        let failed = |error: DbErr| format!("PostgreSQL (database_url) does not take our connection: {}", cause(&error));
+        let mut options = ConnectOptions::new(url);
+        options
+            .max_connections(POSTGRES_CONNECTIONS)
+            .min_connections(2)
+            .connect_timeout(ACQUIRE_TIMEOUT)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .idle_timeout(None)
+            .test_before_acquire_if_idle_for(Duration::from_secs(5))
+            .statement_timeout(STATEMENT_TIMEOUT)
+            .set_application_name("keyward")
+            .sqlx_logging(false)
+            .record_stmt_in_spans(false);
+        let pool = Database::connect(options).await.map_err(failed)?;
+        if single::<bool>(&pool, "SELECT pg_is_in_recovery()").await.map_err(failed)? {
+            return Err("database_url leads to a PostgreSQL standby: name the primary".to_owned());
+        }
+        let mut session = sqlx::PgConnection::connect(url).await.map_err(|error| failed(sqlx_error(error)))?;
+        let locked = sqlx::query_scalar("SELECT pg_try_advisory_lock($1)").bind(LOCK_SERVE).fetch_one(&mut session);
+        if !locked.await.map_err(|error| failed(sqlx_error(error)))? {
+            return Err("another keyward is using this PostgreSQL database: this version runs one server on a database".to_owned());
+        }
+        Ok(Self {
+            reader: pool.clone(),
+            writer: pool,
+            read_permits: Semaphore::new(POSTGRES_CONNECTIONS as usize / 2),
+            write_permits: Semaphore::new(POSTGRES_CONNECTIONS as usize / 2),
+            observer,
+            _exclusive: Exclusive::Session { _connection: tokio::sync::Mutex::new(session) },
+        })
+    }
+
+    async fn settle_schema(&self, migrate: bool) -> std::result::Result<(), String> {
+        let failed = |error: DbErr| format!("the database's schema cannot be read or brought up to date: {}", cause(&error));
+        match self.schema().await.map_err(failed)? {
+            Schema::Current => Ok(()),
+            Schema::Old if migrate => self.migrate().await.map_err(failed),
+            Schema::Old => Err("the database's schema is older than this program needs: run `keyward migrate`".to_owned()),
+            Schema::Newer => Err("the database was brought up to date by a newer keyward than this one: run that version, or go back \
+                                  to the backup from before"
+                .to_owned()),
+        }
+    }
+
+    async fn schema(&self) -> std::result::Result<Schema, DbErr> {
+        let known: Vec<String> = migrations::Migrator::migrations().iter().map(|migration| migration.name().to_owned()).collect();
+        if !SchemaManager::new(&self.writer).has_table("seaql_migrations").await? {
+            return Ok(Schema::Old);
+        }
+        let statement = Statement::from_string(self.backend(), "SELECT version FROM seaql_migrations");
+        let rows = self.writer.query_all_raw(statement).await?;
+        let applied = rows.iter().map(|row| row.try_get_by_index(0)).collect::<std::result::Result<Vec<String>, _>>()?;
+        Ok(if applied.iter().any(|version| !known.contains(version)) {
+            Schema::Newer
+        } else if applied.len() < known.len() {
+            Schema::Old
+        } else {
+            Schema::Current
+        })
+    }
+
+    /// Migrations take no lock of their own; on SQLite the folder's lock serves.
+    async fn migrate(&self) -> std::result::Result<(), DbErr> {
+        if self.backend() != DbBackend::Postgres {
+            return migrations::Migrator::up(&self.writer, None).await;
+        }
+        let mut session = self.writer.get_postgres_connection_pool().acquire().await.map_err(sqlx_error)?;
+        sqlx::query("SELECT pg_advisory_lock($1)").bind(LOCK_MIGRATE).execute(&mut *session).await.map_err(sqlx_error)?;
+        let result = migrations::Migrator::up(&self.writer, None).await;
+        let unlock = sqlx::query("SELECT pg_advisory_unlock($1)").bind(LOCK_MIGRATE).execute(&mut *session).await;
+        result.and(unlock.map(drop).map_err(sqlx_error))
+    }
+
+    fn backend(&self) -> DbBackend {
+        self.writer.get_database_backend()
+    }
+
+    /// Whether the database answers.
+    ///
+    /// # Errors
+    /// `Unavailable` if not.
+    pub async fn ping(&self) -> Result<()> {
+        self.reading("ping", async { self.reader.execute_unprepared("SELECT 1").await.map(drop) }).await
+    }
+
+    /// Waits for what is under way and closes the database.
+    ///
+    /// # Errors
+    /// `Unavailable` if it does not close cleanly.
+    pub async fn close(&self) -> Result<()> {
+        self.reader.close_by_ref().await.map_err(translate)?;
+        self.writer.close_by_ref().await.map_err(translate)
+    }
+
+    /// Refuses a keyring that is not the one that this store's tokens were made with; notes keys that are new to the store.
+    ///
+    /// # Errors
+    /// A sentence for the operator.
+    pub async fn settle_keyring(&self, keyring: &Keyring) -> std::result::Result<(), String> {
+        let fingerprints = keyring.fingerprints();
+        let known = self.known_keys().await.map_err(|error| error.to_string())?;
+        let ours = |kid: Kid| fingerprints.iter().find(|(other, ..)| *other == kid).map(|(.., fingerprint)| fingerprint);
+        let foreign = known.iter().any(|(kid, bytes)| ours(*kid).is_some_and(|fingerprint| fingerprint.as_bytes() != bytes));
+        let stranger = !known.is_empty() && known.iter().all(|(kid, _)| ours(*kid).is_none());
+        if foreign || stranger {
+            return Err("the keyring is not the one that this database's tokens were made with, and every token would look forged: \
+                        put the right keyring file in its place (setting keyring_file)"
+                .to_owned());
+        }
+        for (kid, _) in known.iter().filter(|(kid, _)| ours(*kid).is_none()) {
+            tracing::warn!(kid = %kid.as_char(), "a key was removed from the keyring: tokens made with it are unknown from now on");
+        }
+        for (kid, _, fingerprint) in &fingerprints {
+            let statement = Statement::from_sql_and_values(
+                self.backend(),
+                "INSERT INTO keyring (kid, fingerprint) VALUES ($1, $2) ON CONFLICT (kid) DO NOTHING",
+                [kid.as_char().to_string().into(), fingerprint.as_bytes().to_vec().into()],
+            );
+            let inserted = self.writing("keyring", async { self.writer.execute_raw(statement).await.map(drop) });
+            inserted.await.map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Whether this store has ever had a keyring.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn has_keys(&self) -> Result<bool> {
+        Ok(!self.known_keys().await?.is_empty())
+    }
+
+    async fn known_keys(&self) -> Result<Vec<(Kid, Vec<u8>)>> {
+        let statement = Statement::from_string(self.backend(), "SELECT kid, fingerprint FROM keyring ORDER BY kid");
+        let rows = self.reading("keyring", self.reader.query_all_raw(statement)).await?;
+        rows.iter()
+            .map(|row| {
+                let kid: String = row.try_get_by_index(0).map_err(translate)?;
+                let kid = kid.bytes().next().and_then(Kid::from_byte).ok_or_else(|| damaged("keyring.kid"))?;
+                Ok((kid, row.try_get_by_index(1).map_err(translate)?))
+            })
+            .collect()
+    }
+
+    /// Runs a read in its turn and in bounded time.
+    async fn reading<T>(&self, verb: &'static str, work: impl Future<Output = std::result::Result<T, DbErr>>) -> Result<T> {
+        self.bounded(verb, &self.read_permits, work).await
+    }
+
+    /// Runs a statement of a change that is a transaction by itself.
+    async fn writing<T>(&self, verb: &'static str, work: impl Future<Output = std::result::Result<T, DbErr>>) -> Result<T> {
+        self.bounded(verb, &self.write_permits, work).await
+    }
+
+    async fn bounded<T>(
+        &self,
+        verb: &'static str,
+        permits: &Semaphore,
+        work: impl Future<Output = std::result::Result<T, DbErr>>,
+    ) -> Result<T> {
+        let permit = timeout(ACQUIRE_TIMEOUT, permits.acquire()).await.map_err(|_| Error::Overloaded("the store is busy; try again"))?;
+        let _permit = permit.map_err(|closed| Error::Unavailable(closed.into()))?;
+        let watch = Stopwatch::start();
+        let result = match timeout(WORK_TIMEOUT, work).await {
+            Ok(result) => result.map_err(translate),
+            Err(elapsed) => Err(Error::Unavailable(elapsed.into())),
+        };
+        (self.observer)(verb, watch.elapsed(), result.is_err());
+        result
+    }
+}
+
+/// Takes the lock on the folder of the database, so that no second process writes to it.
+fn lock_folder(path: &Path) -> std::result::Result<File, String> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let shown = folder.display();
+    std::fs::create_dir_all(folder).map_err(|error| format!("the folder {shown} cannot be made: {error}"))?;
+    let lock = folder.join("keyward.lock");
+    let open = OpenOptions::new().create(true).truncate(false).write(true).open(&lock);
+    let file = open.map_err(|error| format!("{} cannot be opened: {error}", lock.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            Err(format!("another keyward is using the folder {shown}: stop it, or name another one with data_dir"))
+        }
+        Err(TryLockError::Error(error)) => Err(format!("{} cannot be locked: {error}", lock.display())),
+    }
+}
+
+fn sqlite_options(path: &Path, connections: u32, read_only: bool) -> ConnectOptions {
+    let path = path.to_owned();
+    let mut options = ConnectOptions::new("sqlite::memory:");
+    options
+        .max_connections(connections)
+        .min_connections(connections)
+        .connect_timeout(ACQUIRE_TIMEOUT)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .idle_timeout(None)
+        .max_lifetime(None)
+        .test_before_acquire(false)
+        .sqlx_logging(false)
+        .record_stmt_in_spans(false)
+        .map_sqlx_sqlite_opts(move |options| {
+            options
+                .in_memory(false)
+                .shared_cache(false)
+                .filename(&path)
+                .create_if_missing(!read_only)
+                .read_only(read_only)
+                .journal_mode(SqliteJournalMode::Wal)
+                .synchronous(SqliteSynchronous::Full)
+                .busy_timeout(ACQUIRE_TIMEOUT)
+                .optimize_on_close(!read_only, None)
+        });
+    options
+}
+
+async fn single<T: sea_orm::TryGetable>(connection: &DatabaseConnection, sql: &'static str) -> std::result::Result<T, DbErr> {
+    let statement = Statement::from_string(connection.get_database_backend(), sql);
+    let row = connection.query_one_raw(statement).await?;
+    row.ok_or_else(|| DbErr::RecordNotFound(sql.to_owned()))?.try_get_by_index(0)
+}
+
+fn parse_version(text: &str) -> Option<(u32, u32, u32)> {
+    let mut numbers = text.split('.').map(|number| number.parse().ok());
+    Some((numbers.next()??, numbers.next()??, numbers.next()??))
+}
+
+fn sqlx_error(error: sqlx::Error) -> DbErr {
+    DbErr::Conn(RuntimeErr::SqlxError(error.into()))
+}
+
+/// What the operator may read of a failure while opening: the database's own words, which hold no password.
+fn cause(error: &DbErr) -> String {
+    match error {
+        DbErr::Conn(RuntimeErr::SqlxError(error))
+        | DbErr::Exec(RuntimeErr::SqlxError(error))
+        | DbErr::Query(RuntimeErr::SqlxError(error)) => error.to_string(),
+        other => other.to_string(),
+    }
+}
+
+/// A row that does not read as what we write.
+fn damaged(column: &'static str) -> Error {
+    Error::Internal(format!("the column {column} holds something that keyward never writes").into())
+}
+
+/// Sorts the database's failures: it cannot be reached or does not take the change now, or we asked for something wrong.
+fn translate(error: DbErr) -> Error {
+    if is_outage(&error) { Error::Unavailable(error.into()) } else { Error::Internal(error.into()) }
+}
+
+fn is_outage(error: &DbErr) -> bool {
+    match error {
+        DbErr::ConnectionAcquire(_) | DbErr::Conn(_) => true,
+        DbErr::Exec(RuntimeErr::SqlxError(error)) | DbErr::Query(RuntimeErr::SqlxError(error)) => match error.as_ref() {
+            sqlx::Error::Database(error) => error.code().is_some_and(|code| is_outage_code(&code)),
+            sqlx::Error::Io(_)
+            | sqlx::Error::Tls(_)
+            | sqlx::Error::Protocol(_)
+            | sqlx::Error::PoolTimedOut
+            | sqlx::Error::PoolClosed
+            | sqlx::Error::WorkerCrashed => true,
+            _ => false,
+        },
+        _ => false,
+    }
+}
+
+/// PostgreSQL's five-character SQLSTATE, or SQLite's number, whose low byte is the primary code.
+fn is_outage_code(code: &str) -> bool {
+    const SQLITE: [u32; 8] = [5, 6, 7, 8, 9, 10, 13, 14]; // BUSY LOCKED NOMEM READONLY INTERRUPT IOERR FULL CANTOPEN
+    const POSTGRES: [&str; 8] = ["08", "53", "57", "58", "40", "55", "25006", "F0"];
+    match code.parse::<u32>() {
+        Ok(number) if code.len() < 5 => SQLITE.contains(&(number & 0xff)),
+        _ => POSTGRES.iter().any(|class| code.starts_with(class)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_that_is_none_is_refused_without_being_quoted() {
+        for text in ["", "mysql://u:hunter2@h/d", "postgres://u:hunter2@:99999999/d", "sqlite://", "hunter2"] {
+            let error = text.parse::<DatabaseUrl>().expect_err(text);
+            assert!(error.starts_with("must be") && !error.contains("hunter2"), "{error}");
+        }
+        assert_eq!(format!("{:?}", "postgres://u:hunter2@h/d".parse::<DatabaseUrl>()), "Ok(postgres://…)");
+        assert!("sqlite:///var/lib/keyward/keyward.db".parse::<DatabaseUrl>().is_ok());
+    }
+
+    #[test]
+    fn outages_are_told_from_faults_of_ours() {
+        for code in ["13", "10", "778", "5", "57P01", "08006", "53100", "40P01"] {
+            assert!(is_outage_code(code), "{code}");
+        }
+        for code in ["19", "2067", "1", "23505", "42601", "22P02"] {
+            assert!(!is_outage_code(code), "{code}");
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! The versions of the schema. A version that was released is never edited; the next one is added below it.
+//!
+//! Invariant: migrations expand before they contract, so that the version before can work beside this one.
+//!
+//! The same statements serve both databases; `{text}` and `{bytes}` stand for the types that differ. Text sorts by its bytes on both.
+//! Instants are microseconds since 1970 (UTC); an `expire_time` of 9223372036854775807 is "never".
+
+use sea_orm::{ConnectionTrait as _, DbBackend, DbErr};
+use sea_orm_migration::{MigrationName, MigrationTrait, MigratorTrait, SchemaManager, async_trait::async_trait};
+
+pub(super) struct Migrator;
+
+#[async_trait]
+impl MigratorTrait for Migrator {
+    fn migrations() -> Vec<Box<dyn MigrationTrait>> {
+        vec![Box::new(Version { name: "0001_ground_floor", up: GROUND_FLOOR })]
+    }
+}
+
+/// One version: its name, and the statements that lead to it.
+struct Version {
+    name: &'static str,
+    up: &'static str,
+}
+
+impl MigrationName for Version {
+    fn name(&self) -> &str {
+        self.name
+    }
+}
+
+#[async_trait]
+impl MigrationTrait for Version {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        let (text, bytes) = match manager.get_database_backend() {
+            DbBackend::Postgres => ("TEXT COLLATE \"C\"", "BYTEA"),
+            _ => ("TEXT", "BLOB"),
+        };
+        let statements = self.up.replace("{text}", text).replace("{bytes}", bytes);
+        manager.get_connection().execute_unprepared(&statements).await.map(drop)
+    }
+
+    fn use_transaction(&self) -> Option<bool> {
+        Some(true)
+    }
+}
+
+const GROUND_FLOOR: &str = r"
+CREATE TABLE workspace (
+    id {text} PRIMARY KEY,
+    display_name {text} NOT NULL,
+    prefix {text} NOT NULL UNIQUE,
+    suspended BOOLEAN NOT NULL,
+    create_time BIGINT NOT NULL,
+    update_time BIGINT NOT NULL,
+    version BIGINT NOT NULL
+);
+
+CREATE TABLE principal (
+    workspace {text} NOT NULL,
+    id {text} NOT NULL,
+    kind SMALLINT NOT NULL,
+    display_name {text} NOT NULL,
+    suspended BOOLEAN NOT NULL,
+    create_time BIGINT NOT NULL,
+    update_time BIGINT NOT NULL,
+    version BIGINT NOT NULL,
+    PRIMARY KEY (workspace, id)
+);
+
+CREATE TABLE token (
+    id {text} PRIMARY KEY,
+    workspace {text} NOT NULL,
+    digest {bytes} NOT NULL UNIQUE,
+    -- The secret before the last regeneration, good until its time.
+    previous_digest {bytes},
+    previous_expire_time BIGINT,
+    display_name {text} NOT NULL,
+    principal {text} NOT NULL,
+    kind SMALLINT NOT NULL,
+    state SMALLINT NOT NULL,
+    hint {text} NOT NULL,
+    scopes {text} NOT NULL,
+    audiences {text} NOT NULL,
+    allowed_cidrs {text} NOT NULL,
+    metadata {text} NOT NULL,
+    session_id {text} NOT NULL,
+    created_by {text} NOT NULL,
+    create_time BIGINT NOT NULL,
+    update_time BIGINT NOT NULL,
+    expire_time BIGINT NOT NULL,
+    revoke_time BIGINT,
+    revoke_reason {text} NOT NULL,
+    delete_time BIGINT,
+    version BIGINT NOT NULL
+);
+CREATE UNIQUE INDEX token_by_previous_digest ON token (previous_digest) WHERE previous_digest IS NOT NULL;
+CREATE INDEX token_by_create_time ON token (workspace, kind, create_time, id) WHERE delete_time IS NULL;
+CREATE INDEX token_by_display_name ON token (workspace, kind, display_name, id) WHERE delete_time IS NULL;
+CREATE INDEX token_by_expire_time ON token (workspace, kind, expire_time, id) WHERE delete_time IS NULL;
+CREATE INDEX token_by_principal ON token (workspace, principal, create_time, id) WHERE delete_time IS NULL;
+CREATE INDEX token_by_created_by ON token (workspace, created_by, create_time, id) WHERE delete_time IS NULL;
+CREATE INDEX token_by_state ON token (workspace, kind, state, create_time, id) WHERE delete_time IS NULL;
+
+-- A token's audiences once more, to list the tokens of a product.
+CREATE TABLE token_audience (
+    workspace {text} NOT NULL,
+    audience {text} NOT NULL,
+    token_id {text} NOT NULL,
+    PRIMARY KEY (workspace, audience, token_id)
+);
+CREATE INDEX token_audience_by_token ON token_audience (token_id);
+
+-- Apart from the token and without an index on what counts, so that counting a use rewrites little.
+CREATE TABLE token_usage (
+    token_id {text} PRIMARY KEY,
+    use_count BIGINT NOT NULL,
+    last_used_time BIGINT NOT NULL,
+    last_used_ip {text} NOT NULL
+);
+
+-- Every change of a token takes the next number from here; the row lock makes the order of numbers the order of commits.
+CREATE TABLE change_head (
+    only SMALLINT PRIMARY KEY CHECK (only = 1),
+    seq BIGINT NOT NULL,
+    epoch BIGINT NOT NULL
+);
+INSERT INTO change_head (only, seq, epoch) VALUES (1, 0, 1);
+
+-- What the change with that number touched: kind 1, the token with this digest.
+CREATE TABLE change_log (
+    seq BIGINT NOT NULL,
+    item BIGINT NOT NULL,
+    kind SMALLINT NOT NULL,
+    subject {bytes} NOT NULL,
+    change_time BIGINT NOT NULL,
+    PRIMARY KEY (seq, item)
+);
+CREATE INDEX change_log_by_time ON change_log (change_time);
+
+-- One row for each start of a server.
+CREATE TABLE replica (
+    incarnation {text} PRIMARY KEY,
+    address {text} NOT NULL,
+    version {text} NOT NULL,
+    lease_ms BIGINT NOT NULL,
+    acked_seq BIGINT NOT NULL,
+    renewal BIGINT NOT NULL,
+    evicted BOOLEAN NOT NULL
+);
+
+CREATE TABLE audit_event (
+    id {text} PRIMARY KEY,
+    workspace {text} NOT NULL,
+    event_time BIGINT NOT NULL,
+    method {text} NOT NULL,
+    actor_workspace {text} NOT NULL,
+    actor_principal {text} NOT NULL,
+    actor_token_id {text},
+    actor_address {text} NOT NULL,
+    token_id {text},
+    principal {text} NOT NULL,
+    reason {text} NOT NULL,
+    before {text},
+    after {text}
+);
+CREATE INDEX audit_event_by_time ON audit_event (workspace, event_time, id);
+CREATE INDEX audit_event_by_token ON audit_event (token_id, event_time, id);
+
+-- Answers kept for a repeated request_id, sealed with the keyring.
+CREATE TABLE replay (
+    id {bytes} PRIMARY KEY,
+    request {bytes} NOT NULL,
+    answer {bytes} NOT NULL,
+    expire_time BIGINT NOT NULL
+);
+CREATE INDEX replay_by_expire_time ON replay (expire_time);
+
+-- Which keys this store's tokens were made with.
+CREATE TABLE keyring (
+    kid {text} PRIMARY KEY,
+    fingerprint {bytes} NOT NULL
+);
+";

@@ -1,0 +1,359 @@
+//! Changes: everything that one call writes, in one transaction.
+//!
+//! Invariant: a change of an existing token takes its number before it reads what it changes, so that changes are made one after the
+//! other, and the order of numbers is the order of commits (test `numbers_come_in_the_order_of_commits`).
+//! Invariant: a change is there with its audit row, or not at all (test `no_acknowledged_change_is_lost_by_kill_nine`).
+
+use sea_orm::{
+    ActiveValue::Set, ColumnTrait as _, ConnectionTrait as _, DatabaseTransaction, DbErr, EntityTrait as _, IntoActiveModel as _,
+    QueryFilter as _, QueryOrder as _, Statement, TransactionTrait as _, Value,
+};
+use tokio::{sync::SemaphorePermit, time::timeout};
+
+use super::{
+    ACQUIRE_TIMEOUT, AuditEvent, Store, WORK_TIMEOUT, damaged,
+    entity::{self, audience, audit, token, usage},
+    translate,
+};
+use crate::{
+    ambient::{Stopwatch, Time},
+    error::{Error, Result},
+    grant::{State, Token},
+    token::{Digest, Prefix, TokenId},
+};
+
+/// Rows of one statement: below the databases' limits on parameters.
+const ROWS_MAX: usize = 1_000;
+
+/// What is kept of a `request_id`.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// Nothing: the call is the first with it, and holds it until the end of its transaction.
+    Mine,
+    /// The sealed answer of the same request.
+    Answered(Vec<u8>),
+    /// Another request came with it.
+    Misused,
+}
+
+/// A transaction. Dropped without [`Tx::commit`] it leaves no trace.
+pub struct Tx<'a> {
+    store: &'a Store,
+    inner: DatabaseTransaction,
+    seq: Option<i64>,
+    items: Vec<(i64, Digest)>,
+    watch: Stopwatch,
+    _permit: SemaphorePermit<'a>,
+}
+
+impl Store {
+    /// Begins a change of tokens that exist: waits for the changes before it.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Overloaded`.
+    pub async fn begin_change(&self) -> Result<Tx<'_>> {
+        let mut tx = self.begin().await?;
+        let row = tx.query_one("UPDATE change_head SET seq = seq + 1 WHERE only = 1 RETURNING seq", vec![]).await?;
+        let row = row.ok_or_else(|| damaged("change_head"))?;
+        tx.seq = Some(row.try_get_by_index(0).map_err(translate)?);
+        Ok(tx)
+    }
+
+    /// Begins a change that only adds tokens: nobody can know them yet, so it waits for nobody.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Overloaded`.
+    pub async fn begin_creation(&self) -> Result<Tx<'_>> {
+        self.begin().await
+    }
+
+    async fn begin(&self) -> Result<Tx<'_>> {
+        let permit = timeout(ACQUIRE_TIMEOUT, self.write_permits.acquire()).await;
+        let permit = permit.map_err(|_| Error::Overloaded("the store is busy with other changes; try again"))?;
+        let permit = permit.map_err(|closed| Error::Unavailable(closed.into()))?;
+        let watch = Stopwatch::start();
+        let tx = timeout(WORK_TIMEOUT, self.writer.begin()).await.map_err(|elapsed| Error::Unavailable(elapsed.into()))?;
+        Ok(Tx { store: self, inner: tx.map_err(translate)?, seq: None, items: Vec::new(), watch, _permit: permit })
+    }
+
+    /// Removes log rows, kept answers and numbers that are too old for anybody to need. For space only.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Overloaded`.
+    pub async fn prune(&self, now: Time, log_before: Time) -> Result<()> {
+        for (sql, before) in
+            [("DELETE FROM replay WHERE expire_time <= $1", now), ("DELETE FROM change_log WHERE change_time <= $1", log_before)]
+        {
+            let statement = Statement::from_sql_and_values(self.backend(), sql, [before.micros().into()]);
+            self.writing("prune", self.writer.execute_raw(statement)).await?;
+        }
+        Ok(())
+    }
+}
+
+impl Tx<'_> {
+    /// Makes the change last.
+    ///
+    /// # Errors
+    /// `Unavailable`: then it may or may not have been made; whoever asks again finds out.
+    pub async fn commit(mut self, now: Time) -> Result<()> {
+        self.write_log(now).await?;
+        let Self { inner, store, watch, .. } = self;
+        let result = match timeout(WORK_TIMEOUT, inner.commit()).await {
+            Ok(result) => result.map_err(translate),
+            Err(elapsed) => Err(Error::Unavailable(elapsed.into())),
+        };
+        (store.observer)("change", watch.elapsed(), result.is_err());
+        result
+    }
+
+    async fn write_log(&mut self, now: Time) -> Result<()> {
+        for (item, digest) in std::mem::take(&mut self.items) {
+            let seq = self.seq.ok_or_else(|| Error::Internal("a change without a number".into()))?;
+            self.execute(
+                "INSERT INTO change_log (seq, item, kind, subject, change_time) VALUES ($1, $2, 1, $3, $4)",
+                vec![seq.into(), item.into(), digest.as_bytes().to_vec().into(), now.micros().into()],
+            )
+            .await?;
+        }
+        Ok(())
+    }
+
+    async fn query_one(&self, sql: &str, values: Vec<Value>) -> Result<Option<sea_orm::QueryResult>> {
+        let statement = Statement::from_sql_and_values(self.store.backend(), sql, values);
+        self.bounded(self.inner.query_one_raw(statement)).await
+    }
+
+    async fn execute(&self, sql: &str, values: Vec<Value>) -> Result<u64> {
+        let statement = Statement::from_sql_and_values(self.store.backend(), sql, values);
+        self.bounded(self.inner.execute_raw(statement)).await.map(|done| done.rows_affected())
+    }
+
+    async fn bounded<T>(&self, work: impl Future<Output = std::result::Result<T, DbErr>>) -> Result<T> {
+        let done = timeout(WORK_TIMEOUT, work).await.map_err(|elapsed| Error::Unavailable(elapsed.into()))?;
+        done.map_err(translate)
+    }
+
+    /// Notes that what is known of these digests is out of date once the change is committed.
+    fn touch(&mut self, digests: &[Digest]) {
+        for digest in digests {
+            let item = i64::try_from(self.items.len()).unwrap_or(i64::MAX);
+            self.items.push((item, *digest));
+        }
+    }
+
+    /// One token and the digests under which it may be known, if it is of this workspace (nothing: of any) and not deleted.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn token(&self, id: TokenId, workspace: Option<&str>) -> Result<Option<(Token, Vec<Digest>)>> {
+        let mut query = token::Entity::find_by_id(id.to_string()).filter(token::Column::DeleteTime.is_null());
+        if let Some(workspace) = workspace {
+            query = query.filter(token::Column::Workspace.eq(workspace));
+        }
+        let found = self.bounded(query.find_also_related(usage::Entity).one(&self.inner)).await?;
+        found.map(|(row, usage)| with_digests(row, usage)).transpose()
+    }
+
+    /// Every token of a principal that is not deleted, not revoked and not expired, with its digests.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn live_tokens(&self, workspace: &str, principal: &str, now: Time) -> Result<Vec<(Token, Vec<Digest>)>> {
+        let query = token::Entity::find()
+            .filter(token::Column::DeleteTime.is_null())
+            .filter(token::Column::Workspace.eq(workspace))
+            .filter(token::Column::Principal.eq(principal))
+            .filter(token::Column::State.ne(entity::state_number(State::Revoked)))
+            .filter(token::Column::ExpireTime.gt(now.micros()))
+            .order_by_asc(token::Column::CreateTime);
+        let rows = self.bounded(query.find_also_related(usage::Entity).all(&self.inner)).await?;
+        rows.into_iter().map(|(row, usage)| with_digests(row, usage)).collect()
+    }
+
+    /// Adds a token.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn insert_token(&self, token: &Token, digest: &Digest) -> Result<()> {
+        let row = entity::row_of(token, digest.as_bytes().to_vec()).into_active_model();
+        self.bounded(token::Entity::insert(row).exec_without_returning(&self.inner)).await?;
+        self.insert_audiences(token).await
+    }
+
+    async fn insert_audiences(&self, token: &Token) -> Result<()> {
+        if token.audiences.is_empty() {
+            return Ok(());
+        }
+        let rows = token.audiences.iter().map(|name| audience::ActiveModel {
+            workspace: Set(token.workspace.clone()),
+            audience: Set(name.clone()),
+            token_id: Set(token.id.to_string()),
+        });
+        self.bounded(audience::Entity::insert_many(rows).exec_without_returning(&self.inner)).await.map(drop)
+    }
+
+    /// Writes what may change of a token: settings, expiry, state.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn update_token(&mut self, token: &Token, digests: &[Digest]) -> Result<()> {
+        self.touch(digests);
+        let changed = token::ActiveModel {
+            id: Set(token.id.to_string()),
+            display_name: Set(token.display_name.clone()),
+            state: Set(entity::state_number(token.state)),
+            hint: Set(token.hint.clone()),
+            scopes: Set(entity::join(&token.scopes)),
+            audiences: Set(token.audiences.join(" ")),
+            allowed_cidrs: Set(entity::join(&token.allowed_cidrs)),
+            metadata: Set(entity::metadata_text(&token.metadata)),
+            update_time: Set(token.update_time.micros()),
+            expire_time: Set(token.expire_time.micros()),
+            revoke_time: Set(token.revoke_time.map(Time::micros)),
+            revoke_reason: Set(token.revoke_reason.clone()),
+            version: Set(token.version),
+            ..Default::default()
+        };
+        self.bounded(token::Entity::update(changed).exec(&self.inner)).await.map(drop)
+    }
+
+    /// Replaces a token's audiences in the list of the tokens of a product.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn replace_audiences(&self, token: &Token) -> Result<()> {
+        let old = audience::Entity::delete_many().filter(audience::Column::TokenId.eq(token.id.to_string()));
+        self.bounded(old.exec(&self.inner)).await?;
+        self.insert_audiences(token).await
+    }
+
+    /// Gives a token a new secret; the present one stays good until `grace_time`, if that is set, and an earlier one dies.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn replace_digest(&self, id: TokenId, digest: &Digest, grace_time: Option<Time>) -> Result<()> {
+        let previous = if grace_time.is_some() { "digest" } else { "NULL" };
+        let sql = format!("UPDATE token SET previous_digest = {previous}, previous_expire_time = $1, digest = $2 WHERE id = $3");
+        let values = vec![grace_time.map(Time::micros).into(), digest.as_bytes().to_vec().into(), id.to_string().into()];
+        self.execute(&sql, values).await.map(drop)
+    }
+
+    /// The digests of a token, also of a deleted one.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn digests(&self, id: TokenId) -> Result<Vec<Digest>> {
+        let found = self.bounded(token::Entity::find_by_id(id.to_string()).one(&self.inner)).await?;
+        found.map_or(Ok(Vec::new()), |row| digests_of(&row))
+    }
+
+    /// Takes a token out of every list and look-up. The row stays for the audit.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn delete_token(&mut self, id: TokenId, digests: &[Digest], now: Time) -> Result<()> {
+        self.touch(digests);
+        let id = id.to_string();
+        self.execute("DELETE FROM token_audience WHERE token_id = $1", vec![id.clone().into()]).await?;
+        self.execute(
+            "UPDATE token SET delete_time = $1, update_time = $1, version = version + 1 WHERE id = $2",
+            vec![now.micros().into(), id.into()],
+        )
+        .await
+        .map(drop)
+    }
+
+    /// The brand of a workspace; nothing if there is no such workspace.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn prefix(&self, workspace: &str) -> Result<Option<Prefix>> {
+        let row = self.query_one("SELECT prefix FROM workspace WHERE id = $1", vec![workspace.into()]).await?;
+        row.map(|row| row.try_get_by_index::<String>(0).map_err(translate)?.parse().map_err(|_| damaged("workspace.prefix"))).transpose()
+    }
+
+    /// Whether nothing was ever made in this store.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn is_empty(&self) -> Result<bool> {
+        Ok(self.query_one("SELECT 1 FROM workspace LIMIT 1", vec![]).await?.is_none())
+    }
+
+    /// Adds a workspace.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn insert_workspace(&self, id: &str, display_name: &str, prefix: &Prefix, now: Time) -> Result<()> {
+        let sql = "INSERT INTO workspace (id, display_name, prefix, suspended, create_time, update_time, version) VALUES ($1, $2, $3, $4, $5, $5, 1)";
+        let values = vec![id.into(), display_name.into(), prefix.as_str().into(), false.into(), now.micros().into()];
+        self.execute(sql, values).await.map(drop)
+    }
+
+    /// Takes up a principal that was never heard of.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn ensure_principal(&self, workspace: &str, id: &str, now: Time) -> Result<()> {
+        let sql = "INSERT INTO principal (workspace, id, kind, display_name, suspended, create_time, update_time, version) \
+                   VALUES ($1, $2, 1, $2, $3, $4, $4, 1) ON CONFLICT (workspace, id) DO NOTHING";
+        self.execute(sql, vec![workspace.into(), id.into(), false.into(), now.micros().into()]).await.map(drop)
+    }
+
+    /// Writes audit rows.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn audit(&self, events: impl IntoIterator<Item = AuditEvent<'_>>) -> Result<()> {
+        let rows = events.into_iter().map(AuditEvent::into_row).collect::<Result<Vec<_>>>()?;
+        for chunk in rows.chunks(ROWS_MAX) {
+            let rows = chunk.iter().cloned().map(sea_orm::IntoActiveModel::into_active_model);
+            self.bounded(audit::Entity::insert_many(rows).exec_without_returning(&self.inner)).await?;
+        }
+        Ok(())
+    }
+
+    /// Claims a `request_id` for this transaction, or finds what was answered to it. A second call with it waits for the first.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Overloaded`.
+    pub async fn claim(&self, id: &[u8; 32], request: &[u8; 32], expire_time: Time, now: Time) -> Result<Claim> {
+        let (id, request) = (id.to_vec(), request.to_vec());
+        self.execute("DELETE FROM replay WHERE id = $1 AND expire_time <= $2", vec![id.clone().into(), now.micros().into()]).await?;
+        let inserted = self
+            .execute(
+                "INSERT INTO replay (id, request, answer, expire_time) VALUES ($1, $2, $2, $3) ON CONFLICT (id) DO NOTHING",
+                vec![id.clone().into(), request.clone().into(), expire_time.micros().into()],
+            )
+            .await?;
+        if inserted == 1 {
+            return Ok(Claim::Mine);
+        }
+        let row = self.query_one("SELECT request, answer FROM replay WHERE id = $1", vec![id.into()]).await?;
+        let row = row.ok_or(Error::Overloaded("a call with the same request_id is just ending; try again"))?;
+        let known: Vec<u8> = row.try_get_by_index(0).map_err(translate)?;
+        if known != request {
+            return Ok(Claim::Misused);
+        }
+        row.try_get_by_index(1).map(Claim::Answered).map_err(translate)
+    }
+
+    /// Keeps the sealed answer to a claimed `request_id`.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn keep_answer(&self, id: &[u8; 32], answer: Vec<u8>) -> Result<()> {
+        self.execute("UPDATE replay SET answer = $1 WHERE id = $2", vec![answer.into(), id.to_vec().into()]).await.map(drop)
+    }
+}
+
+fn with_digests(row: token::Model, usage: Option<usage::Model>) -> Result<(Token, Vec<Digest>)> {
+    let digests = digests_of(&row)?;
+    Ok((entity::token_of(row, usage)?, digests))
+}
+
+fn digests_of(row: &token::Model) -> Result<Vec<Digest>> {
+    let digests = std::iter::once(&row.digest).chain(&row.previous_digest);
+    digests.map(|bytes| Digest::from_slice(bytes).ok_or_else(|| damaged("token.digest"))).collect()
+}
