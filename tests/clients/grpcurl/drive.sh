@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# Keyward from the shell: grpcurl learns all that it needs from the server itself, by reflection.
+#
+#     KEYWARD_ADDRESS=127.0.0.1:50051 KEYWARD_TOKEN=kw_… ./drive.sh
+#
+# The token must hold `keyward:root`. Stops at the first thing that is not as it should be, with exit code 1.
+set -euo pipefail
+
+PATH="${KEYWARD_TEST_TOOLS:-/nowhere}/bin:$PATH"
+output=
+
+fail() {
+  printf 'FAILED (drive.sh:%s): %s\n%s\n' "${BASH_LINENO[-2]}" "$1" "$output" >&2
+  exit 1
+}
+
+# With -expand-headers grpcurl reads the token from the environment, and with `-d @` the message from standard input: arguments can be
+# read by everybody on the machine.
+request() { # METHOD JSON [TOKEN]
+  local header=()
+  [ -z "${3:-}" ] || header=(-expand-headers -H 'authorization: Bearer ${BEARER}')
+  output=$(BEARER=${3:-} grpcurl -plaintext "${header[@]}" -d @ "$KEYWARD_ADDRESS" "$1" <<<"$2" 2>&1)
+}
+
+call() { # METHOD JSON
+  request "keyward.v1.$1" "$2" "$KEYWARD_TOKEN" || fail "$1 failed"
+}
+
+call_fails() { # CODE METHOD JSON [TOKEN]
+  ! request "keyward.v1.$2" "$3" "${4:-}" || fail "$2 did not fail"
+  has "Code: $1"
+}
+
+ask() { # WHAT…: list or describe
+  output=$(grpcurl -plaintext "$KEYWARD_ADDRESS" "$@" 2>&1) || fail "grpcurl $* failed"
+}
+
+has() { # TEXT…: the output has each of them
+  local text
+  for text in "$@"; do
+    [[ $output == *"$text"* ]] || fail "this is missing: $text"
+  done
+}
+
+field() { # PATH: of the JSON output, such as token.id
+  python3 -c 'import functools, json, sys; print(functools.reduce(dict.get, sys.argv[1].split("."), json.load(sys.stdin)))' "$1" <<<"$output"
+}
+
+is() { # PATH VALUE
+  local found
+  found=$(field "$1")
+  [ "$found" = "$2" ] || fail "$1 is $found, not $2"
+}
+
+# What is there, with its comments.
+ask list
+has keyward.v1.TokenService keyward.v1.ValidationService keyward.v1.SelfService grpc.health.v1.Health
+ask list keyward.v1.ValidationService
+has keyward.v1.ValidationService.ValidateToken keyward.v1.ValidationService.BatchValidateTokens
+ask describe keyward.v1.TokenService
+has 'rpc CreateToken' '// Creates a token. The answer holds the secret'
+ask describe keyward.v1.CreateTokenRequest
+has 'string display_name = 2;' '// Required. 1 to 100 characters'
+ask describe keyward.v1.Verdict
+has VERDICT_REVOKED '// Ended for good.'
+
+call SelfService/WhoAmI '{}'
+has keyward:root
+
+# Create, list, validate, revoke, validate again.
+principal=grpcurl-$$-$(date +%s)
+call TokenService/CreateToken '{"displayName": "From the shell", "principal": "'"$principal"'", "scopes": ["orders:read"], "ttl": "3600s"}'
+id=$(field token.id) secret=$(field secret)
+is token.state TOKEN_STATE_ACTIVE
+is token.hint "${secret:0:8}"
+
+call TokenService/ListTokens '{"principal": "'"$principal"'"}'
+has '"displayName": "From the shell"' "\"id\": \"$id\""
+[[ $output != *"$secret"* ]] || fail 'a list shows a secret'
+
+call ValidationService/ValidateToken '{"token": "'"$secret"'", "requiredScopes": ["orders:read"]}'
+is valid True
+is verdict VERDICT_VALID
+is tokenId "$id"
+
+call TokenService/RevokeToken '{"id": "'"$id"'", "reason": "lost"}'
+is token.state TOKEN_STATE_REVOKED
+is propagation.state PROPAGATION_STATE_COMPLETE
+call ValidationService/ValidateToken '{"token": "'"$secret"'"}'
+is verdict VERDICT_REVOKED
+
+# Errors, with their details.
+call_fails InvalidArgument TokenService/CreateToken '{"displayName": "", "allowedCidrs": ["10.0.0.0/33"]}' "$KEYWARD_TOKEN"
+has google.rpc.BadRequest display_name 'allowed_cidrs[0]' google.rpc.ErrorInfo
+call_fails Unauthenticated TokenService/ListTokens '{}'
+call_fails Unauthenticated TokenService/ListTokens '{}' "$secret"
+call_fails NotFound TokenService/GetToken '{"id": "tok_0000000000000000000000"}' "$KEYWARD_TOKEN"
+
+# Health, for load balancers and for Kubernetes.
+for service in '' keyward.v1.ValidationService; do
+  request grpc.health.v1.Health/Check '{"service": "'"$service"'"}' || fail 'the health check failed'
+  is status SERVING
+done

@@ -1,0 +1,150 @@
+// Keyward from Node.js: create a token, find it, validate it, revoke it, and read errors with their details.
+//
+//     npm install
+//     KEYWARD_ADDRESS=127.0.0.1:50051 KEYWARD_TOKEN=kw_… node drive.js
+//
+// The token must hold `keyward:root`. Stops at the first thing that is not as it should be, with exit code 1.
+'use strict';
+
+const assert = require('node:assert/strict');
+const { randomUUID } = require('node:crypto');
+const path = require('node:path');
+const grpc = require('@grpc/grpc-js');
+const protoLoader = require('@grpc/proto-loader');
+const protobuf = require('protobufjs');
+
+const services = ['token_service', 'validation_service', 'self_service'];
+const definition = protoLoader.loadSync(
+  services.map((name) => `keyward/v1/${name}.proto`),
+  { includeDirs: [path.join(__dirname, '../../../proto')], enums: String, longs: String, defaults: true, oneofs: true },
+);
+const { v1 } = grpc.loadPackageDefinition(definition).keyward;
+
+// A client with methods that return promises. Over TLS, grpc.credentials.createFromMetadataGenerator presents the token.
+function connect(Service, token) {
+  const client = new Service(process.env.KEYWARD_ADDRESS, grpc.credentials.createInsecure());
+  const metadata = new grpc.Metadata();
+  if (token) metadata.set('authorization', `Bearer ${token}`);
+  return new Proxy(client, {
+    get: (_, method) => (request = {}) =>
+      new Promise((resolve, reject) =>
+        client[method](request, metadata, { deadline: Date.now() + 10_000 }, (error, answer) => (error ? reject(error) : resolve(answer))),
+      ),
+  });
+}
+
+// The details of an error: https://cloud.google.com/apis/design/errors#error_model
+const rpc = protobuf.parse(`
+  syntax = "proto3";
+  package google.rpc;
+  message Any { string type_url = 1; bytes value = 2; }
+  message Status { int32 code = 1; string message = 2; repeated Any details = 3; }
+  message ErrorInfo { string reason = 1; string domain = 2; map<string, string> metadata = 3; }
+  message BadRequest {
+    message FieldViolation { string field = 1; string description = 2; }
+    repeated FieldViolation field_violations = 1;
+  }`).root;
+
+function errorDetails(error) {
+  const details = {};
+  for (const bytes of error.metadata.get('grpc-status-details-bin')) {
+    for (const packed of rpc.lookupType('google.rpc.Status').decode(bytes).details) {
+      const name = packed.type_url.split('/').pop();
+      const type = name.startsWith('google.rpc.') && rpc.lookup(name);
+      if (type) details[type.name] = type.toObject(type.decode(packed.value), { arrays: true });
+    }
+  }
+  return details;
+}
+
+// The call fails with this code and an ErrorInfo; INVALID_ARGUMENT names exactly these fields.
+async function assertFails(call, code, fields = []) {
+  const error = await call.then(
+    () => assert.fail(`${grpc.status[code]} was due, and the answer was OK`),
+    (error) => error,
+  );
+  assert.equal(grpc.status[error.code], grpc.status[code], error.message);
+  const { ErrorInfo, BadRequest } = errorDetails(error);
+  assert.equal(ErrorInfo?.domain, 'keyward', error.message);
+  assert.match(ErrorInfo.reason, /^[A-Z][A-Z0-9_]*$/);
+  const named = (BadRequest?.fieldViolations ?? []).map((violation) => violation.field);
+  assert.deepEqual(named.sort(), fields.sort(), error.message);
+}
+
+async function main() {
+  const root = process.env.KEYWARD_TOKEN;
+  const tokens = connect(v1.TokenService, root);
+  const validation = connect(v1.ValidationService, root);
+  const principal = `node-${randomUUID()}`;
+
+  const who = await connect(v1.SelfService, root).whoAmI();
+  assert.ok(who.scopes.includes('keyward:root'), 'KEYWARD_TOKEN must hold keyward:root');
+
+  // Create. Sent again with the same requestId, it gets the same token.
+  const wish = {
+    displayName: 'Deploy in production',
+    principal,
+    scopes: ['orders:read'],
+    audiences: ['shop'],
+    metadata: { team: 'café' },
+    ttl: { seconds: 3600 },
+    requestId: randomUUID(),
+  };
+  const { token, secret } = await tokens.createToken(wish);
+  assert.equal(token.state, 'TOKEN_STATE_ACTIVE');
+  assert.equal(token.hint, secret.slice(0, 8));
+  assert.equal(token.expireTime.seconds - token.createTime.seconds, 3600);
+  const again = await tokens.createToken(wish);
+  assert.deepEqual([again.token.id, again.secret], [token.id, secret]);
+
+  // List.
+  const second = await tokens.createToken({ displayName: 'Another', principal, never: true });
+  const page = await tokens.listTokens({ principal, pageSize: 1 });
+  assert.deepEqual(page.tokens.map(({ id }) => id), [second.token.id]);
+  const last = await tokens.listTokens({ principal, pageSize: 1, pageToken: page.nextPageToken });
+  assert.deepEqual([last.tokens.map(({ id }) => id), last.nextPageToken], [[token.id], '']);
+
+  // Validate.
+  const use = { token: secret, audience: 'shop', requiredScopes: ['orders:read'] };
+  const answer = await validation.validateToken(use);
+  assert.deepEqual([answer.valid, answer.verdict], [true, 'VERDICT_VALID']);
+  assert.deepEqual([answer.tokenId, answer.principal, answer.metadata], [token.id, principal, { team: 'café' }]);
+  const refused = await validation.validateToken({ ...use, requiredScopes: ['orders:write'] });
+  assert.deepEqual([refused.valid, refused.verdict], [false, 'VERDICT_INSUFFICIENT_SCOPE']);
+  assert.deepEqual(refused.missingScopes, ['orders:write']);
+  const batch = await validation.batchValidateTokens({ requests: [use, { token: 'garbage' }, { ...use, audience: 'billing' }] });
+  const verdicts = batch.responses.map(({ verdict }) => verdict);
+  assert.deepEqual(verdicts, ['VERDICT_VALID', 'VERDICT_UNKNOWN', 'VERDICT_WRONG_AUDIENCE']);
+
+  // Change, revoke, validate again: the answer to a change comes when it is in force.
+  const change = { token: { id: token.id, displayName: 'Renamed', etag: token.etag }, updateMask: { paths: ['display_name'] } };
+  const updated = await tokens.updateToken(change);
+  assert.deepEqual([updated.token.displayName, updated.propagation.state], ['Renamed', 'PROPAGATION_STATE_COMPLETE']);
+  await assertFails(tokens.updateToken(change), grpc.status.ABORTED); // The etag is another now.
+  const revoked = await tokens.revokeToken({ id: token.id, reason: 'lost' });
+  assert.deepEqual([revoked.token.state, revoked.token.revokeReason], ['TOKEN_STATE_REVOKED', 'lost']);
+  assert.equal((await validation.validateToken(use)).verdict, 'VERDICT_REVOKED');
+
+  // Errors.
+  await assertFails(tokens.createToken({ displayName: '', allowedCidrs: ['10.0.0.0/33'] }), grpc.status.INVALID_ARGUMENT, [
+    'display_name',
+    'allowed_cidrs[0]',
+  ]);
+  await assertFails(tokens.listTokens({ pageSize: -1, pageToken: 'forged' }), grpc.status.INVALID_ARGUMENT, ['page_size', 'page_token']);
+  await assertFails(tokens.activateToken({ id: token.id }), grpc.status.FAILED_PRECONDITION);
+  await tokens.deleteToken({ id: token.id });
+  await assertFails(tokens.getToken({ id: token.id }), grpc.status.NOT_FOUND);
+  await assertFails(connect(v1.TokenService).listTokens(), grpc.status.UNAUTHENTICATED);
+  await assertFails(connect(v1.TokenService, secret).listTokens(), grpc.status.UNAUTHENTICATED);
+  await assertFails(connect(v1.TokenService, second.secret).listTokens(), grpc.status.PERMISSION_DENIED);
+  await assertFails(validation.validateToken({ token: 'x'.repeat(20 * 1024) }), grpc.status.RESOURCE_EXHAUSTED);
+}
+
+main().then(
+  () => process.exit(0),
+  (error) => {
+    const line = error.stack.match(/main \(.*(drive\.js:\d+)/)?.[1];
+    console.error(`FAILED (${line}): ${error.message}`);
+    process.exit(1);
+  },
+);

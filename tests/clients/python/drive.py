@@ -1,0 +1,491 @@
+"""Keyward from Python: every method, every verdict, and errors with their details.
+
+    pip install -r requirements.txt
+    KEYWARD_ADDRESS=127.0.0.1:50051 KEYWARD_TOKEN=kw_… python drive.py
+
+The token must hold `keyward:root`. All that the program makes belongs to principals of its own, so it can run again and again. Stops at
+the first thing that is not as it should be, with a message and exit code 1.
+"""
+
+import itertools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import uuid
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+PROTO = pathlib.Path(__file__).resolve().parents[3] / "proto"
+
+
+def generate_stubs():
+    """What one otherwise does once, when the program is built."""
+    folder = tempfile.TemporaryDirectory()
+    out = [f"--python_out={folder.name}", f"--grpc_python_out={folder.name}"]
+    files = [str(path) for path in PROTO.glob("keyward/v1/*.proto")]
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO}", *out, *files], check=True)
+    sys.path.insert(0, folder.name)
+    return folder  # It lives as long as the program.
+
+
+STUBS = generate_stubs()
+from keyward.v1 import self_service_pb2 as own  # noqa: E402
+from keyward.v1 import self_service_pb2_grpc, token_service_pb2_grpc, validation_service_pb2_grpc  # noqa: E402
+from keyward.v1 import token_service_pb2 as control  # noqa: E402
+from keyward.v1 import validation_service_pb2 as data  # noqa: E402
+from keyward.v1.token_pb2 import (  # noqa: E402
+    PROPAGATION_STATE_COMPLETE,
+    TOKEN_KIND_PERMANENT,
+    TOKEN_KIND_TEMPORARY,
+    TOKEN_STATE_ACTIVE,
+    TOKEN_STATE_INACTIVE,
+    TOKEN_STATE_REVOKED,
+    Token,
+)
+
+
+class Bearer(grpc.UnaryUnaryClientInterceptor):
+    """Presents a token with each call. Over TLS, grpc.access_token_call_credentials(token) does the same."""
+
+    def __init__(self, token):
+        self.header = ("authorization", f"Bearer {token}")
+
+    def intercept_unary_unary(self, continuation, client_call_details, request):
+        return continuation(client_call_details._replace(metadata=[self.header]), request)
+
+
+class Keyward:
+    """The services, called with one token, or with none."""
+
+    def __init__(self, channel, token=None):
+        if token is not None:
+            channel = grpc.intercept_channel(channel, Bearer(token))
+        self.tokens = token_service_pb2_grpc.TokenServiceStub(channel)
+        self.validation = validation_service_pb2_grpc.ValidationServiceStub(channel)
+        self.own = self_service_pb2_grpc.SelfServiceStub(channel)
+
+    def create(self, **fields):
+        return self.tokens.CreateToken(control.CreateTokenRequest(**{"display_name": "drive.py", **fields}))
+
+    def validate(self, token, **fields):
+        return self.validation.ValidateToken(data.ValidateTokenRequest(token=token, **fields))
+
+    def verdict(self, token, **fields):
+        """The verdict's name without its prefix, which agrees with `valid`."""
+        answer = self.validate(token, **fields)
+        expect(answer.valid == (answer.verdict == data.VERDICT_VALID), f"valid and verdict disagree: {answer}")
+        return data.Verdict.Name(answer.verdict).removeprefix("VERDICT_")
+
+
+def expect(truth, message):
+    if not truth:
+        raise AssertionError(message)
+
+
+def expect_equal(found, wanted, what):
+    expect(found == wanted, f"{what}: {found!r}, not {wanted!r}")
+
+
+def expect_in_force(answer):
+    expect_equal(answer.propagation.state, PROPAGATION_STATE_COMPLETE, "propagation.state")
+    return answer
+
+
+def error_details(error):
+    """The details of an error, by their type."""
+    status = rpc_status.from_call(error)
+    details = {}
+    for packed in status.details if status else []:
+        for kind in (BadRequest, ErrorInfo):
+            if packed.Is(kind.DESCRIPTOR):
+                details[kind] = kind()
+                packed.Unpack(details[kind])
+    return details
+
+
+def expect_error(code, call, *fields):
+    """The call fails with this code and an ErrorInfo; INVALID_ARGUMENT names exactly these fields."""
+    try:
+        answer = call()
+    except grpc.RpcError as error:
+        expect_equal(error.code(), code, f"code ({error.details()})")
+        details = error_details(error)
+        info = details.get(ErrorInfo)
+        expect(info is not None, f"{code.name} without ErrorInfo: {error.details()}")
+        expect_equal(info.domain, "keyward", "ErrorInfo.domain")
+        expect(re.fullmatch("[A-Z][A-Z0-9_]*", info.reason), f"ErrorInfo.reason: {info.reason!r}")
+        violations = details.get(BadRequest, BadRequest()).field_violations
+        expect_equal(sorted({violation.field for violation in violations}), sorted(fields), f"fields ({error.details()})")
+        expect(all(violation.description for violation in violations), "a field violation says nothing")
+        return info
+    raise AssertionError(f"{code.name} was due, and the answer was OK: {type(answer).__name__}")
+
+
+def eventually(condition, what, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        expect(time.monotonic() < deadline, f"not within {seconds} s: {what}")
+        time.sleep(0.05)
+
+
+def new_principal():
+    return f"python-{uuid.uuid4()}"
+
+
+INVALID, DENIED, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.NOT_FOUND
+UNAUTHENTICATED, ILLEGAL_STATE = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION
+
+
+def who_am_i(root, _channel):
+    answer = root.own.WhoAmI(own.WhoAmIRequest())
+    expect("keyward:root" in answer.scopes, f"KEYWARD_TOKEN must hold keyward:root, and holds {answer.scopes}")
+    expect(answer.workspace and answer.principal, "no workspace or principal")
+    expect_equal(answer.token.workspace, answer.workspace, "token.workspace")
+
+
+def create_and_validate(root, _channel):
+    principal = new_principal()
+    wish = dict(
+        display_name="  Deploy in production  ",
+        principal=principal,
+        scopes=["orders:read", "invoices:*"],
+        audiences=["shop", "billing"],
+        allowed_cidrs=["10.0.0.0/8", "2001:db8::/32"],
+        metadata={"team": "café", "ticket": "OPS-1"},
+        ttl=Duration(seconds=3600),
+        request_id=str(uuid.uuid4()),
+    )
+    first = expect_in_force(root.create(**wish))
+    token = first.token
+    expect(re.fullmatch("tok_[0-9A-Za-z]{22}", token.id), f"token.id: {token.id}")
+    expect_equal(token.display_name, "Deploy in production", "token.display_name")
+    expect_equal((token.kind, token.state), (TOKEN_KIND_PERMANENT, TOKEN_STATE_ACTIVE), "token.kind, state")
+    expect_equal(token.hint, first.secret[:8], "token.hint")
+    expect_equal(dict(token.metadata), wish["metadata"], "token.metadata")
+    expect_equal(list(token.allowed_cidrs), wish["allowed_cidrs"], "token.allowed_cidrs")
+    lifetime = token.expire_time.ToMicroseconds() - token.create_time.ToMicroseconds()
+    expect_equal(lifetime, 3_600_000_000, "token.expire_time - create_time, in microseconds")
+    expect_equal(root.tokens.GetToken(control.GetTokenRequest(id=token.id)).token, token, "GetToken")
+
+    again = root.create(**wish)
+    expect_equal((again.token.id, again.secret), (token.id, first.secret), "id and secret for the same request_id")
+    expect_error(INVALID, lambda: root.create(**{**wish, "display_name": "another"}), "request_id")
+
+    use = dict(audience="shop", required_scopes=["orders:read", "invoices:send"], client_ip="10.1.2.3")
+    answer = root.validate(first.secret, **use)
+    expect_equal((answer.valid, answer.verdict), (True, data.VERDICT_VALID), "verdict")
+    expect_equal((answer.token_id, answer.principal, answer.workspace), (token.id, principal, token.workspace), "whose token it is")
+    expect_equal((list(answer.scopes), list(answer.audiences)), (wish["scopes"], wish["audiences"]), "scopes, audiences")
+    expect_equal(dict(answer.metadata), wish["metadata"], "metadata")
+    expect_equal(answer.expire_time, token.expire_time, "expire_time")
+    expect_equal(root.verdict(first.secret, **{**use, "client_ip": "2001:db8::1"}), "VALID", "from an IPv6 address")
+
+    root.validate(first.secret, peek=True, **use)
+    used = lambda: root.tokens.GetToken(control.GetTokenRequest(id=token.id)).token  # noqa: E731
+    eventually(lambda: used().use_count == 2, "use_count of 2: two uses and one that only peeked")
+    expect_equal(used().last_used_ip, "2001:db8::1", "last_used_ip")
+    expect_equal(used().etag, token.etag, "etag after uses")
+
+
+def verdicts(root, _channel):
+    made = root.create(scopes=["orders:read"], audiences=["shop"], allowed_cidrs=["192.0.2.0/24"])
+    secret, use = made.secret, dict(audience="shop", client_ip="192.0.2.1", required_scopes=["orders:read"])
+    expect_equal(root.verdict(secret, **use), "VALID", "verdict")
+
+    flipped = secret[:-1] + ("a" if secret[-1] != "a" else "b")
+    for text in ("garbage", secret[:-1], secret[1:], secret + "0", flipped, secret.swapcase(), f"Bearer {secret}", " ", "ü\n", "x" * 10_000):
+        answer = root.validate(text, **use)
+        expect_equal(answer.verdict, data.VERDICT_UNKNOWN, f"verdict of {text[:40]!r}")
+        bare = data.ValidateTokenResponse(valid=False, verdict=data.VERDICT_UNKNOWN)
+        expect_equal(answer, bare, "an unknown token's answer says nothing more")
+
+    expect_equal(root.verdict(secret, **{**use, "audience": "billing"}), "WRONG_AUDIENCE", "at another product")
+    expect_equal(root.verdict(secret, **{**use, "client_ip": "198.51.100.1"}), "IP_NOT_ALLOWED", "from elsewhere")
+    expect_equal(root.verdict(secret, **{**use, "client_ip": ""}), "IP_NOT_ALLOWED", "from an address that nobody named")
+    answer = root.validate(secret, **{**use, "required_scopes": ["orders:read", "orders:write", "users:read"]})
+    expect_equal(answer.verdict, data.VERDICT_INSUFFICIENT_SCOPE, "verdict")
+    expect_equal(list(answer.missing_scopes), ["orders:write", "users:read"], "missing_scopes")
+
+    change = control.DeactivateTokenRequest(id=made.token.id)
+    off = expect_in_force(root.tokens.DeactivateToken(change)).token
+    expect_equal((off.state, root.verdict(secret, **use)), (TOKEN_STATE_INACTIVE, "INACTIVE"), "after DeactivateToken")
+    expect_equal(root.tokens.DeactivateToken(change).token.etag, off.etag, "etag when nothing changed")
+    on = expect_in_force(root.tokens.ActivateToken(control.ActivateTokenRequest(id=made.token.id))).token
+    expect_equal((on.state, root.verdict(secret, **use)), (TOKEN_STATE_ACTIVE, "VALID"), "after ActivateToken")
+
+    revoke = control.RevokeTokenRequest(id=made.token.id, reason="lost")
+    revoked = expect_in_force(root.tokens.RevokeToken(revoke)).token
+    expect_equal((revoked.state, root.verdict(secret, **use)), (TOKEN_STATE_REVOKED, "REVOKED"), "after RevokeToken")
+    expect_equal((revoked.revoke_reason, revoked.HasField("revoke_time")), ("lost", True), "revoke_reason, revoke_time")
+    expect_equal(root.tokens.RevokeToken(revoke).token, revoked, "a second RevokeToken changes nothing")
+    for call in (
+        lambda: root.tokens.ActivateToken(control.ActivateTokenRequest(id=made.token.id)),
+        lambda: root.tokens.DeactivateToken(change),
+        lambda: root.tokens.RegenerateToken(control.RegenerateTokenRequest(id=made.token.id)),
+    ):
+        expect_error(ILLEGAL_STATE, call)
+
+    brief = root.create(ttl=Duration(seconds=1)).secret
+    expect(root.verdict(brief) in ("VALID", "EXPIRED"), "a token of one second is VALID, then EXPIRED")
+    eventually(lambda: root.verdict(brief) == "EXPIRED", "VERDICT_EXPIRED")
+
+
+def batches(root, _channel):
+    good, wrong = root.create().secret, root.create(audiences=["shop"]).secret
+    question = data.ValidateTokenRequest
+    three = [question(token=good), question(token="garbage"), question(token=wrong, audience="billing")]
+
+    def ask(requests):
+        return root.validation.BatchValidateTokens(data.BatchValidateTokensRequest(requests=requests)).responses
+
+    wanted = [data.VERDICT_VALID, data.VERDICT_UNKNOWN, data.VERDICT_WRONG_AUDIENCE]
+    for order in itertools.permutations(range(3)):
+        expect_equal([answer.verdict for answer in ask([three[i] for i in order])], [wanted[i] for i in order], "order of answers")
+    expect_equal({answer.verdict for answer in ask([three[0]] * 1000)}, {data.VERDICT_VALID}, "verdicts of a batch of 1,000")
+    expect_error(INVALID, lambda: ask([]), "requests")
+    expect_error(INVALID, lambda: ask([three[0]] * 1001), "requests")
+    bad = [three[0], question(token=good, client_ip="nowhere"), three[1], question(token=good, required_scopes=["a:b", "*"])]
+    expect_error(INVALID, lambda: ask(bad), "requests[1].client_ip", "requests[3].required_scopes[1]")
+
+
+def lists(root, _channel):
+    principal = new_principal()
+    names = [f"list {number}" for number in range(5)]
+    made = {name: root.create(display_name=name, principal=principal, audiences=["shop"] if name == names[3] else []).token for name in names}
+    root.tokens.DeactivateToken(control.DeactivateTokenRequest(id=made[names[0]].id))
+    root.create(principal=principal, kind=TOKEN_KIND_TEMPORARY, display_name="for a session", session_id="s-1")
+
+    def ask(**fields):
+        return root.tokens.ListTokens(control.ListTokensRequest(principal=principal, **fields))
+
+    pages, page_token = [], ""
+    while page_token or not pages:
+        answer = ask(page_size=2, page_token=page_token)
+        pages.append([token.display_name for token in answer.tokens])
+        page_token = answer.next_page_token
+    expect_equal(pages, [names[4:2:-1], names[2:0:-1], names[:1]], "three pages, newest first")
+
+    def found(**fields):
+        return sorted(token.display_name for token in ask(**fields).tokens)
+
+    soon = Timestamp(seconds=int(time.time()) + 600)
+    expect_equal(found(), names, "all")
+    expect_equal(found(query="LIST 2"), [names[2]], "query")
+    expect_equal(found(audience="shop"), [names[3]], "audience")
+    expect_equal(found(states=[TOKEN_STATE_INACTIVE]), [names[0]], "states")
+    expect_equal(found(states=[TOKEN_STATE_ACTIVE, TOKEN_STATE_INACTIVE]), names, "two states")
+    expect_equal(found(kind=TOKEN_KIND_TEMPORARY), ["for a session"], "kind")
+    expect_equal(found(created_by="nobody"), [], "created_by")
+    expect_equal((found(expires_before=soon), found(last_used_before=soon)), ([], names), "expires_before, last_used_before")
+    expect_equal([token.display_name for token in ask(order_by="display_name desc").tokens], names[::-1], "order_by")
+
+    page_token = ask(page_size=2).next_page_token
+    forged = page_token[:-2] + ("AA" if page_token[-2:] != "AA" else "BB")
+    for text in (forged, page_token[1:], "1", "' OR 1=1 --", "ü"):
+        expect_error(INVALID, lambda text=text: ask(page_size=2, page_token=text), "page_token")
+    expect_error(INVALID, lambda: ask(page_size=2, page_token=page_token, query="list"), "page_token")
+    expect_error(INVALID, lambda: ask(page_size=-1, order_by="secret"), "order_by", "page_size")
+
+
+def updates(root, _channel):
+    made = root.create(scopes=["orders:read"], metadata={"team": "a"}, audiences=["shop"])
+
+    def update(paths, **fields):
+        token = Token(**{"id": made.token.id, **fields})
+        return root.tokens.UpdateToken(control.UpdateTokenRequest(token=token, update_mask=FieldMask(paths=paths)))
+
+    changed = expect_in_force(update(["display_name", "scopes"], display_name="renamed", scopes=["a:b"], metadata={"team": "b"})).token
+    expect_equal((changed.display_name, list(changed.scopes)), ("renamed", ["a:b"]), "what the mask names")
+    expect_equal(dict(changed.metadata), {"team": "a"}, "what the mask does not name")
+    expect(changed.etag != made.token.etag, "the etag is the same after a change")
+    expect_equal(root.verdict(made.secret, required_scopes=["a:b"]), "VALID", "after a change")
+    expect_equal(root.verdict(made.secret, required_scopes=["orders:read"]), "INSUFFICIENT_SCOPE", "after a change")
+    cleared = update(["audiences", "expire_time"], etag=changed.etag).token
+    expect_equal((list(cleared.audiences), cleared.HasField("expire_time")), ([], False), "what is named and not set")
+
+    expect_error(grpc.StatusCode.ABORTED, lambda: update(["display_name"], display_name="x", etag=made.token.etag))
+    expect_error(INVALID, lambda: update(["display_name", "hint"], display_name="x"), "update_mask")
+    expect_error(INVALID, lambda: update([], display_name="x"), "update_mask")
+    past = Timestamp(seconds=1_000_000_000)
+    expect_error(INVALID, lambda: update(["display_name", "expire_time"], expire_time=past), "token.display_name", "token.expire_time")
+    expect_error(INVALID, lambda: update(["display_name"], id="tok_1", display_name="x"), "token.id")
+    expect_equal(root.tokens.GetToken(control.GetTokenRequest(id=made.token.id)).token, cleared, "after errors")
+
+
+def regenerations(root, _channel):
+    made = root.create()
+
+    def regenerate(**fields):
+        request = control.RegenerateTokenRequest(**{"id": made.token.id, **fields})
+        return expect_in_force(root.tokens.RegenerateToken(request))
+
+    request_id = str(uuid.uuid4())
+    second = regenerate(grace=Duration(seconds=600), request_id=request_id)
+    expect_equal(second.token.id, made.token.id, "id after RegenerateToken")
+    expect_equal(second.token.expire_time, made.token.expire_time, "expire_time after RegenerateToken")
+    expect_equal(second.token.hint, second.secret[:8], "hint")
+    expect(second.HasField("grace_time"), "no grace_time")
+    expect_equal((root.verdict(made.secret), root.verdict(second.secret)), ("VALID", "VALID"), "old and new secret, within grace")
+    again = regenerate(grace=Duration(seconds=600), request_id=request_id)
+    expect_equal((again.secret, again.grace_time), (second.secret, second.grace_time), "answer to the same request_id")
+
+    third = regenerate()
+    expect(not third.HasField("grace_time"), "grace_time without grace")
+    expect_equal(
+        [root.verdict(secret) for secret in (made.secret, second.secret, third.secret)], ["UNKNOWN", "UNKNOWN", "VALID"], "secrets without grace"
+    )
+    expect_error(INVALID, lambda: regenerate(id="x", grace=Duration(seconds=8 * 86400)), "grace", "id")
+    expect_error(INVALID, lambda: regenerate(grace=Duration(seconds=-1)), "grace")
+    expect_error(grpc.StatusCode.ABORTED, lambda: regenerate(etag=made.token.etag))
+
+
+def deletions(root, _channel):
+    made = root.create()
+    delete = control.DeleteTokenRequest(id=made.token.id)
+    expect_error(grpc.StatusCode.ABORTED, lambda: root.tokens.DeleteToken(control.DeleteTokenRequest(id=made.token.id, etag="old")))
+    expect_in_force(root.tokens.DeleteToken(delete))
+    expect_equal(root.verdict(made.secret), "UNKNOWN", "after DeleteToken")
+    expect_error(NOT_FOUND, lambda: root.tokens.DeleteToken(delete))
+    expect_error(NOT_FOUND, lambda: root.tokens.GetToken(control.GetTokenRequest(id=made.token.id)))
+    expect_error(INVALID, lambda: root.tokens.GetToken(control.GetTokenRequest(id="tok_1")), "id")
+
+    principal = new_principal()
+    secrets = [root.create(principal=principal).secret for _ in range(3)]
+    request = control.RevokePrincipalTokensRequest(principal=principal, reason="left")
+    expect_equal(expect_in_force(root.tokens.RevokePrincipalTokens(request)).revoked_count, 3, "revoked_count")
+    expect_equal({root.verdict(secret) for secret in secrets}, {"REVOKED"}, "after RevokePrincipalTokens")
+    expect_equal(root.tokens.RevokePrincipalTokens(request).revoked_count, 0, "revoked_count of a second call")
+    expect_error(INVALID, lambda: root.tokens.RevokePrincipalTokens(control.RevokePrincipalTokensRequest()), "principal")
+
+
+def self_service(root, channel):
+    principal = new_principal()
+    made = root.create(principal=principal, scopes=["keyward:self", "orders:read"])
+    bystander = root.create(principal=new_principal()).token
+    me = Keyward(channel, made.secret)
+    who = me.own.WhoAmI(own.WhoAmIRequest())
+    expect_equal((who.principal, who.token.id, list(who.scopes)), (principal, made.token.id, ["keyward:self", "orders:read"]), "WhoAmI")
+    other = root.create(principal=principal).token
+    mine = {token.id for token in me.own.ListMyTokens(own.ListMyTokensRequest()).tokens}
+    expect_equal(mine, {made.token.id, other.id}, "ListMyTokens")
+    expect_error(INVALID, lambda: me.own.ListMyTokens(own.ListMyTokensRequest(page_size=-1, page_token="x")), "page_size", "page_token")
+    for call in (
+        lambda: me.tokens.GetToken(control.GetTokenRequest(id=bystander.id)),
+        lambda: me.create(),
+        lambda: me.validate(made.secret),
+    ):
+        expect_error(DENIED, call)
+
+    new = me.own.RegenerateSelf(own.RegenerateSelfRequest(grace=Duration(seconds=600)))
+    renewed = Keyward(channel, new.secret)
+    for client in (me, renewed):
+        expect_equal(client.own.WhoAmI(own.WhoAmIRequest()).token.id, made.token.id, "WhoAmI within grace")
+    last = Keyward(channel, renewed.own.RegenerateSelf(own.RegenerateSelfRequest()).secret)
+    for client in (me, renewed):
+        expect_error(UNAUTHENTICATED, lambda client=client: client.own.WhoAmI(own.WhoAmIRequest()))
+    gone = expect_in_force(last.own.RevokeSelf(own.RevokeSelfRequest(reason="done"))).token
+    expect_equal((gone.state, gone.revoke_reason), (TOKEN_STATE_REVOKED, "done"), "RevokeSelf")
+    expect_error(UNAUTHENTICATED, lambda: last.own.WhoAmI(own.WhoAmIRequest()))
+
+
+def rights(root, channel):
+    for client in (Keyward(channel), Keyward(channel, "garbage"), Keyward(channel, root.create(ttl=Duration(seconds=3600)).secret[:-1])):
+        for call in (client.create, lambda client=client: client.validate("x"), lambda client=client: client.own.WhoAmI(own.WhoAmIRequest())):
+            expect_error(UNAUTHENTICATED, call)
+
+    plain = Keyward(channel, root.create(scopes=["*"]).secret)
+    plain.own.WhoAmI(own.WhoAmIRequest())
+    # The caller is authorised before its arguments are looked at.
+    for call in (lambda: plain.create(display_name=""), lambda: plain.validate(""), lambda: plain.own.ListMyTokens(own.ListMyTokensRequest())):
+        expect_error(DENIED, call)
+
+    gateway = Keyward(channel, root.create(scopes=["keyward:validate"]).secret)
+    expect_equal(gateway.verdict(root.create().secret), "VALID", "asked by a gateway")
+    expect_error(DENIED, gateway.create)
+
+    admin = Keyward(channel, root.create(scopes=["keyward:admin"]).secret)
+    expect_equal(admin.verdict(admin.create(scopes=["orders:read"]).secret), "VALID", "created by an administrator")
+    expect_error(DENIED, lambda: admin.create(scopes=["keyward:root"]))
+    expect_error(NOT_FOUND, lambda: admin.create(workspace="elsewhere"))
+    expect_error(NOT_FOUND, lambda: admin.tokens.ListTokens(control.ListTokensRequest(workspace="elsewhere")))
+
+
+def wrong_arguments(root, _channel):
+    for name in ("", "   ", "x" * 101, "a\nb", "a\x07b", "a\x00b", "pay\u202epal", "a\u2066b", "a\u200fb"):
+        expect_error(INVALID, lambda name=name: root.create(display_name=name), "display_name")
+    expect_equal(root.create(display_name="ä" * 100).token.display_name, "ä" * 100, "a name of 100 characters")
+
+    # Every wrong field is named, not only the first.
+    expect_error(INVALID, lambda: root.create(display_name="", allowed_cidrs=["10.0.0.0/8", "10.0.0.0/33"]), "display_name", "allowed_cidrs[1]")
+    expect_error(
+        INVALID,
+        lambda: root.create(
+            principal="no blanks", scopes=["orders:read", "Orders"], audiences=["Shop"], session_id="s", request_id="no blanks", ttl=Duration()
+        ),
+        "principal", "scopes[1]", "audiences[0]", "session_id", "request_id", "ttl",
+    )  # fmt: skip
+    for cidr in ("", "10.0.0.1/8", "10.0.0.0/33", "localhost", "2001:db8::/129", "::ffff:10.0.0.0/104"):
+        expect_error(INVALID, lambda cidr=cidr: root.create(allowed_cidrs=[cidr]), "allowed_cidrs[0]")
+    past = Timestamp(seconds=int(time.time()) - 1)
+    expect_error(INVALID, lambda: root.create(expire_time=past), "expire_time")
+    expect_error(INVALID, lambda: root.create(ttl=Duration(seconds=-1)), "ttl")
+    expect_error(INVALID, lambda: root.create(ttl=Duration(seconds=101 * 366 * 86400)), "ttl")
+    expect_error(INVALID, lambda: root.create(kind=TOKEN_KIND_TEMPORARY, never=True), "never")
+    expect_error(INVALID, lambda: root.create(kind=TOKEN_KIND_TEMPORARY, ttl=Duration(seconds=86401)), "ttl")
+    expect_error(INVALID, lambda: root.create(metadata={str(number): "" for number in range(33)}), "metadata")
+    expect_error(INVALID, lambda: root.validate("x", client_ip="10.0.0.0/8", required_scopes=["*"]), "client_ip", "required_scopes[0]")
+    expect_error(INVALID, lambda: root.validate(""), "token")
+    expect(not root.create(never=True).token.HasField("expire_time"), "expire_time of a token that never ends")
+
+
+def large_messages(root, channel):
+    info = expect_error(grpc.StatusCode.RESOURCE_EXHAUSTED, lambda: root.validate("x" * 20 * 1024))
+    print(f"   a question of 20 KiB: RESOURCE_EXHAUSTED, {info.reason}")
+    expect_error(grpc.StatusCode.RESOURCE_EXHAUSTED, lambda: root.create(metadata={"big": "x" * 70 * 1024}))
+    huge = [data.ValidateTokenRequest(token="x" * 10_000)] * 150
+    batch = data.BatchValidateTokensRequest(requests=huge)
+    expect_error(grpc.StatusCode.RESOURCE_EXHAUSTED, lambda: root.validation.BatchValidateTokens(batch))
+    expect_equal(root.verdict("garbage"), "UNKNOWN", "the next question on the same connection")
+    expect_error(grpc.StatusCode.UNIMPLEMENTED, lambda: channel.unary_unary("/keyward.v1.TokenService/StealToken")(b""))
+
+
+def health(_root, channel):
+    stub = health_pb2_grpc.HealthStub(channel)
+    for service in ("", "keyward.v1.ValidationService", "keyward.v1.TokenService", "keyward.v1.SelfService"):
+        status = stub.Check(health_pb2.HealthCheckRequest(service=service)).status
+        expect_equal(status, health_pb2.HealthCheckResponse.SERVING, f"health of {service!r}")
+    expect_error(NOT_FOUND, lambda: stub.Check(health_pb2.HealthCheckRequest(service="keyward.v1.NoService")))
+
+
+STORY = (
+    who_am_i, create_and_validate, verdicts, batches, lists, updates, regenerations, deletions, self_service, rights, wrong_arguments,
+    large_messages, health,
+)  # fmt: skip
+
+
+def main():
+    with grpc.insecure_channel(os.environ["KEYWARD_ADDRESS"]) as channel:
+        root = Keyward(channel, os.environ["KEYWARD_TOKEN"])
+        for chapter in STORY:
+            try:
+                chapter(root, channel)
+            except (AssertionError, grpc.RpcError) as error:
+                line = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.name == chapter.__name__][-1]
+                reason = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else error
+                sys.exit(f"FAILED {chapter.__name__} (drive.py:{line}): {reason}")
+            print(f"ok {chapter.__name__}")
+
+
+if __name__ == "__main__":
+    main()
