@@ -86,7 +86,7 @@ impl std::error::Error for Error {
 }
 
 /// Collects every broken rule of a request, so that the caller hears of all of them at once.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Violations(Vec<Violation>);
 
 impl Violations {

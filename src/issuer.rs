@@ -56,6 +56,8 @@ pub struct NewToken {
     pub session_id: String,
     /// When it ends.
     pub lifetime: Lifetime,
+    /// Rules that were found broken while the request was read; they are reported with those that are found here.
+    pub violations: Violations,
 }
 
 /// What to change of a token; nothing: leave it.
@@ -73,6 +75,8 @@ pub struct TokenPatch {
     pub metadata: Option<BTreeMap<String, String>>,
     /// When it ends.
     pub expire_time: Option<Time>,
+    /// As in [`NewToken`].
+    pub violations: Violations,
 }
 
 /// Which tokens, how many, from where on, as it was asked for.
@@ -102,6 +106,8 @@ pub struct ListRequest {
     pub page_size: i32,
     /// Empty: the first page.
     pub page_token: String,
+    /// As in [`NewToken`].
+    pub violations: Violations,
 }
 
 /// A caller's own name for a request, and what tells it from other requests.
@@ -249,7 +255,7 @@ impl Issuer {
     /// `Invalid`, `NotFound` (the workspace), `Unavailable`, `Overloaded`.
     pub async fn list(&self, caller: &Caller, request: ListRequest, now: Time) -> Result<(Vec<Token>, Option<String>)> {
         let workspace = caller.workspace(&request.workspace)?.to_owned();
-        let mut violations = Violations::default();
+        let mut violations = request.violations;
         let order = violations.take("order_by", order(&request.order_by));
         let limit = violations.take("page_size", page_size(request.page_size));
         let query = some(request.query).and_then(|query| violations.take("query", rules::query(&query)));
@@ -653,7 +659,7 @@ fn draft(caller: &Caller, new: NewToken, request: &RequestId, now: Time) -> Resu
     let workspace = caller.workspace(&new.workspace)?.to_owned();
     let kind = if new.temporary { Kind::Temporary } else { Kind::Permanent };
     let principal = if new.principal.is_empty() { caller.principal.to_string() } else { new.principal };
-    let mut violations = Violations::default();
+    let mut violations = new.violations;
     let display_name = violations.take("display_name", rules::display_name(&new.display_name)).unwrap_or_default();
     violations.take("principal", rules::principal(&principal));
     let scopes = rules::scopes("scopes", &new.scopes, &mut violations);
@@ -697,7 +703,7 @@ fn draft(caller: &Caller, new: NewToken, request: &RequestId, now: Time) -> Resu
 
 /// Takes over what the patch names.
 fn apply(token: &mut Token, patch: TokenPatch, now: Time) -> Result<()> {
-    let mut violations = Violations::default();
+    let mut violations = patch.violations;
     if let Some(name) = patch.display_name {
         token.display_name = violations.take("token.display_name", rules::display_name(&name)).unwrap_or_default();
     }

@@ -13,3 +13,6 @@ pub mod store;
 pub mod token;
 pub mod usage;
 pub mod validator;
+pub mod api;
+pub mod telemetry;
+pub mod server;

@@ -101,12 +101,12 @@ pub struct Store {
     write_permits: Semaphore,
     observer: Observer,
     /// What keeps a second server away: dropped last.
-    _exclusive: Exclusive,
+    exclusive: Exclusive,
 }
 
 enum Exclusive {
     Folder { _lock: File },
-    Session { _connection: tokio::sync::Mutex<sqlx::PgConnection> },
+    Session { url: String, connection: tokio::sync::Mutex<sqlx::PgConnection> },
 }
 
 /// How the schema in the database compares with the one that this program needs.
@@ -151,7 +151,7 @@ impl Store {
             read_permits: Semaphore::new(SQLITE_READERS as usize),
             write_permits: Semaphore::new(1),
             observer,
-            _exclusive: Exclusive::Folder { _lock: lock },
+            exclusive: Exclusive::Folder { _lock: lock },
         })
     }
 
@@ -174,8 +174,7 @@ impl Store {
             return Err("database_url leads to a PostgreSQL standby: name the primary".to_owned());
         }
         let mut session = sqlx::PgConnection::connect(url).await.map_err(|error| failed(sqlx_error(error)))?;
-        let locked = sqlx::query_scalar("SELECT pg_try_advisory_lock($1)").bind(LOCK_SERVE).fetch_one(&mut session);
-        if !locked.await.map_err(|error| failed(sqlx_error(error)))? {
+        if !take_lock(&mut session).await.map_err(|error| failed(sqlx_error(error)))? {
             return Err("another keyward is using this PostgreSQL database: this version runs one server on a database".to_owned());
         }
         Ok(Self {
@@ -184,7 +183,7 @@ impl Store {
             read_permits: Semaphore::new(POSTGRES_CONNECTIONS as usize / 2),
             write_permits: Semaphore::new(POSTGRES_CONNECTIONS as usize / 2),
             observer,
-            _exclusive: Exclusive::Session { _connection: tokio::sync::Mutex::new(session) },
+            exclusive: Exclusive::Session { url: url.to_owned(), connection: tokio::sync::Mutex::new(session) },
         })
     }
 
@@ -239,6 +238,27 @@ impl Store {
     /// `Unavailable` if not.
     pub async fn ping(&self) -> Result<()> {
         self.reading("ping", async { self.reader.execute_unprepared("SELECT 1").await.map(drop) }).await
+    }
+
+    /// Makes sure that no other server uses this database: on PostgreSQL the lock is gone with its connection and is taken anew. Says whether
+    /// the database is still ours.
+    ///
+    /// # Errors
+    /// `Unavailable` if the database does not answer.
+    pub async fn hold(&self) -> Result<bool> {
+        let Exclusive::Session { url, connection } = &self.exclusive else { return Ok(true) };
+        let work = async {
+            let mut connection = connection.lock().await;
+            if connection.ping().await.is_ok() {
+                return Ok(true);
+            }
+            *connection = sqlx::PgConnection::connect(url).await?;
+            take_lock(&mut connection).await
+        };
+        match timeout(WORK_TIMEOUT, work).await {
+            Ok(held) => held.map_err(|error| translate(sqlx_error(error))),
+            Err(elapsed) => Err(Error::Unavailable(elapsed.into())),
+        }
     }
 
     /// Waits for what is under way and closes the database.
@@ -326,6 +346,11 @@ impl Store {
         (self.observer)(verb, watch.elapsed(), result.is_err());
         result
     }
+}
+
+/// Takes the lock that keeps a second server away, for as long as the connection lives. Says whether it was free.
+async fn take_lock(session: &mut sqlx::PgConnection) -> std::result::Result<bool, sqlx::Error> {
+    sqlx::query_scalar("SELECT pg_try_advisory_lock($1)").bind(LOCK_SERVE).fetch_one(session).await
 }
 
 /// Takes the lock on the folder of the database, so that no second process writes to it.

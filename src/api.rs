@@ -1,0 +1,88 @@
+//! The wire: gRPC services that translate, and the gate that every call passes first.
+//!
+//! Invariant: this room names neither `store` nor `cache` (test `rooms_import_upwards_only`); it holds no rule of the domain.
+//! Invariant: a handler runs only for a caller whom the [`gate`] has found good for this very call
+//! (test `every_method_is_closed_to_those_it_is_not_for`).
+
+mod convert;
+pub mod gate;
+mod self_service;
+mod status;
+mod tokens;
+mod validation;
+
+use std::sync::Arc;
+
+use tonic::{Request, Status, service::Routes};
+use tonic_health::{pb::health_server::HealthServer, server::HealthService};
+
+use crate::{
+    ambient::Time,
+    caller::Caller,
+    error::Error,
+    issuer::Issuer,
+    proto::{
+        DESCRIPTORS, self_service_server::SelfServiceServer, token_service_server::TokenServiceServer,
+        validation_service_server::ValidationServiceServer,
+    },
+    telemetry::Metrics,
+    validator::Validator,
+};
+
+/// A batch of 1,000 questions.
+const DATA_PLANE_BYTES_MAX: usize = 1024 * 1024;
+const CONTROL_PLANE_BYTES_MAX: usize = 64 * 1024;
+
+/// The services whose health is told one by one.
+pub const SERVICES: [&str; 3] = ["keyward.v1.SelfService", "keyward.v1.TokenService", "keyward.v1.ValidationService"];
+
+/// What the handlers ask.
+#[derive(Clone)]
+pub struct Api {
+    /// The data plane.
+    pub validator: Arc<Validator>,
+    /// The control plane.
+    pub issuer: Arc<Issuer>,
+    /// Where verdicts are counted.
+    pub metrics: Arc<Metrics>,
+}
+
+/// What the gate found out about a call: who, and when.
+#[derive(Clone, Debug)]
+struct Call {
+    caller: Caller,
+    now: Time,
+}
+
+/// Takes a call apart.
+fn call<T>(mut request: Request<T>) -> Result<(Call, T), Status> {
+    let call = request.extensions_mut().remove::<Call>();
+    let call = call.ok_or_else(|| Error::Internal("a call came past the gate".into()))?;
+    Ok((call, request.into_inner()))
+}
+
+impl Api {
+    /// All services: ours, health, and reflection for new and old clients.
+    ///
+    /// # Errors
+    /// If the compiled descriptors do not read.
+    pub fn routes(self, health: HealthService) -> Result<Routes, tonic_reflection::server::Error> {
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(DESCRIPTORS)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
+        let data = ValidationServiceServer::new(self.clone()).max_decoding_message_size(DATA_PLANE_BYTES_MAX);
+        let control = TokenServiceServer::new(self.clone()).max_decoding_message_size(CONTROL_PLANE_BYTES_MAX);
+        let own = SelfServiceServer::new(self).max_decoding_message_size(CONTROL_PLANE_BYTES_MAX);
+        let mut routes = Routes::builder();
+        routes
+            .add_service(data)
+            .add_service(control)
+            .add_service(own)
+            .add_service(HealthServer::new(health).max_decoding_message_size(CONTROL_PLANE_BYTES_MAX))
+            .add_service(reflection().build_v1()?)
+            .add_service(reflection().build_v1alpha()?);
+        Ok(routes.routes().prepare())
+    }
+}

@@ -1,0 +1,308 @@
+//! What every call passes before its handler: room, time, and who is asking.
+//!
+//! The order is: is the method known → is there room → who is it (their token is judged anew for each call) → may they → handler,
+//! all of it within the deadline. Whatever comes out is counted, and logged at debug in one line.
+//!
+//! Invariant: a method that is not in [`METHODS`] is closed (test `every_method_is_in_the_table`).
+//! Invariant: the caller is authorised before a byte of the message is read (test `strangers_learn_nothing_from_their_arguments`).
+//! Invariant: beyond its places a plane refuses at once; nothing queues without bound (test `overload_is_refused_at_once`).
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use http::{HeaderMap, Request, Response, header::AUTHORIZATION};
+use tokio::{sync::Semaphore, time::timeout};
+use tonic::{Status, body::Body, service::Routes};
+use tower_service::Service as _;
+
+use super::{Api, Call, status};
+use crate::{
+    ambient::{Clock, Stopwatch},
+    caller::{Access, Caller},
+    error::Error,
+    telemetry,
+};
+
+/// How long the caller waits (<https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>).
+const GRPC_TIMEOUT: &str = "grpc-timeout";
+/// The name under which calls of methods that do not exist are counted.
+const UNKNOWN_METHOD: &str = "unknown";
+
+/// Which limits a method falls under.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Plane {
+    /// Questions about tokens.
+    Data,
+    /// Changes and lists.
+    Control,
+    /// Health and reflection: no deadline, since they may stay open.
+    Public,
+}
+
+/// A method: its path, whom it is open to, and the limits that it falls under.
+#[derive(Clone, Copy, Debug)]
+pub struct Method {
+    /// `/package.Service/Method`.
+    pub path: &'static str,
+    /// Whom it is open to.
+    pub access: Access,
+    /// Its limits.
+    pub plane: Plane,
+}
+
+const fn method(path: &'static str, access: Access, plane: Plane) -> Method {
+    Method { path, access, plane }
+}
+
+/// Every method there is: who may what.
+pub const METHODS: [Method; 20] = [
+    method("/keyward.v1.ValidationService/ValidateToken", Access::Validate, Plane::Data),
+    method("/keyward.v1.ValidationService/BatchValidateTokens", Access::Validate, Plane::Data),
+    method("/keyward.v1.TokenService/CreateToken", Access::Admin, Plane::Control),
+    method("/keyward.v1.TokenService/GetToken", Access::Admin, Plane::Control),
+    method("/keyward.v1.TokenService/ListTokens", Access::Admin, Plane::Control),
+    method("/keyward.v1.TokenService/UpdateToken", Access::Admin, Plane::Control),
+    method("/keyward.v1.TokenService/ActivateToken", Access::Admin, Plane::Control),
+    method("/keyward.v1.TokenService/DeactivateToken", Access::Admin, Plane::Control),
+    method("/keyward.v1.TokenService/RevokeToken", Access::Admin, Plane::Control),
+    method("/keyward.v1.TokenService/RegenerateToken", Access::Admin, Plane::Control),
+    method("/keyward.v1.TokenService/DeleteToken", Access::Admin, Plane::Control),
+    method("/keyward.v1.TokenService/RevokePrincipalTokens", Access::Admin, Plane::Control),
+    method("/keyward.v1.SelfService/WhoAmI", Access::Known, Plane::Control),
+    method("/keyward.v1.SelfService/ListMyTokens", Access::Own, Plane::Control),
+    method("/keyward.v1.SelfService/RegenerateSelf", Access::Own, Plane::Control),
+    method("/keyward.v1.SelfService/RevokeSelf", Access::Known, Plane::Control),
+    method("/grpc.health.v1.Health/Check", Access::Public, Plane::Public),
+    method("/grpc.health.v1.Health/Watch", Access::Public, Plane::Public),
+    method("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Access::Public, Plane::Public),
+    method("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", Access::Public, Plane::Public),
+];
+
+/// What calls are counted under.
+#[must_use]
+pub fn counted_names() -> Vec<&'static str> {
+    METHODS.iter().map(|method| method.path).chain([UNKNOWN_METHOD]).collect()
+}
+
+/// How much may be under way at once, and for how long.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Calls of the data plane at once.
+    pub data_calls_max: usize,
+    /// Calls of the control plane at once.
+    pub control_calls_max: usize,
+    /// The longest deadline; also that of a caller who names none.
+    pub deadline_max: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { data_calls_max: 4_096, control_calls_max: 256, deadline_max: Duration::from_secs(15) }
+    }
+}
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Their address.
+    pub address: SocketAddr,
+    /// Whom their certificate stands for.
+    pub certificate: Option<Arc<Caller>>,
+}
+
+/// The gate.
+pub struct Gate {
+    api: Api,
+    routes: Routes,
+    clock: Clock,
+    limits: Limits,
+    data_calls: Semaphore,
+    control_calls: Semaphore,
+    public_calls: Semaphore,
+}
+
+impl Gate {
+    /// One in front of these routes.
+    #[must_use]
+    pub fn new(api: Api, routes: Routes, clock: Clock, limits: Limits) -> Self {
+        Self {
+            api,
+            routes,
+            clock,
+            limits,
+            data_calls: Semaphore::new(limits.data_calls_max),
+            control_calls: Semaphore::new(limits.control_calls_max),
+            public_calls: Semaphore::new(limits.control_calls_max),
+        }
+    }
+
+    /// Answers one call.
+    pub async fn serve<B>(&self, request: Request<B>, peer: &Peer) -> Response<Body>
+    where
+        B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let watch = Stopwatch::start();
+        let known = METHODS.iter().find(|method| method.path == request.uri().path());
+        let mut who = None;
+        let response = match known {
+            None => status::complete(&Status::unimplemented("")).unwrap_or_else(|| Status::unimplemented("")).into_http(),
+            Some(method) => self.serve_known(*method, request, peer, &mut who).await,
+        };
+        let response = completed(response);
+        let (path, code) = (known.map_or(UNKNOWN_METHOD, |method| method.path), code(response.headers()));
+        self.api.metrics.request(path, code, watch.elapsed());
+        let caller = who.as_ref().and_then(|caller: &Caller| caller.token_id);
+        tracing::debug!(
+            method = path,
+            code = telemetry::code_name(code),
+            micros = watch.elapsed().as_micros(),
+            peer = %peer.address.ip(),
+            caller = caller.map(tracing::field::display),
+            "call"
+        );
+        response
+    }
+
+    async fn serve_known<B>(&self, method: Method, request: Request<B>, peer: &Peer, who: &mut Option<Caller>) -> Response<Body>
+    where
+        B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let places = match method.plane {
+            Plane::Data => &self.data_calls,
+            Plane::Control => &self.control_calls,
+            Plane::Public => &self.public_calls,
+        };
+        let Ok(_place) = places.try_acquire() else {
+            self.api.metrics.shed();
+            return status::overloaded("too many calls are under way; try again".to_owned()).into_http();
+        };
+        let deadline = match deadline(request.headers(), self.limits.deadline_max) {
+            Ok(deadline) => deadline,
+            Err(error) => return Status::from(error).into_http(),
+        };
+        if method.plane == Plane::Public {
+            return self.route(request).await;
+        }
+        let work = async {
+            match self.admit(method, request, peer).await {
+                Ok((request, caller)) => {
+                    *who = Some(caller);
+                    self.route(request).await
+                }
+                Err(error) => Status::from(error).into_http(),
+            }
+        };
+        timeout(deadline, work).await.unwrap_or_else(|_| status::deadline_exceeded().into_http())
+    }
+
+    /// Finds out who is calling and whether they may, and puts it into the request in the place of their credentials.
+    async fn admit<B>(&self, method: Method, mut request: Request<B>, peer: &Peer) -> Result<(Request<B>, Caller), Error> {
+        let now = self.clock.now();
+        let caller = match bearer(request.headers())? {
+            Some(text) => self.api.validator.identify(text, Some(peer.address.ip()), now).await?,
+            None => peer.certificate.as_deref().cloned().ok_or(Error::Unauthenticated(
+                "this method needs credentials: send the metadata `authorization: Bearer <token>`",
+            ))?,
+        };
+        caller.authorize(method.access)?;
+        request.headers_mut().remove(AUTHORIZATION);
+        request.extensions_mut().insert(Call { caller: caller.clone(), now });
+        Ok((request, caller))
+    }
+
+    async fn route<B>(&self, request: Request<B>) -> Response<Body>
+    where
+        B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        match self.routes.clone().call(request).await {
+            Ok(response) => response,
+            Err(never) => match never {},
+        }
+    }
+}
+
+/// The token that the caller presents (RFC 6750, section 2.1); nothing if they present none.
+fn bearer(headers: &HeaderMap) -> Result<Option<&[u8]>, Error> {
+    const RULE: Error = Error::Unauthenticated("the metadata `authorization` must be there once, as `Bearer <token>`");
+    let mut values = headers.get_all(AUTHORIZATION).iter();
+    let Some(value) = values.next() else { return Ok(None) };
+    if values.next().is_some() {
+        return Err(RULE);
+    }
+    let (scheme, token) = value.as_bytes().split_at_checked(7).ok_or(RULE)?;
+    if scheme.eq_ignore_ascii_case(b"bearer ") { Ok(Some(token)) } else { Err(RULE) }
+}
+
+/// How long the caller waits: at most 8 digits and a unit, as the gRPC protocol has it; at most our own limit.
+fn deadline(headers: &HeaderMap, longest: Duration) -> Result<Duration, Error> {
+    let Some(value) = headers.get(GRPC_TIMEOUT) else { return Ok(longest) };
+    let parse = || {
+        let (digits, unit) = value.to_str().ok()?.split_at_checked(value.len().checked_sub(1)?)?;
+        let well_formed = (1..=8).contains(&digits.len()) && digits.bytes().all(|byte| byte.is_ascii_digit());
+        let number: u64 = digits.parse().ok().filter(|_| well_formed)?;
+        Some(match unit {
+            "H" => Duration::from_hours(number),
+            "M" => Duration::from_mins(number),
+            "S" => Duration::from_secs(number),
+            "m" => Duration::from_millis(number),
+            "u" => Duration::from_micros(number),
+            "n" => Duration::from_nanos(number),
+            _ => return None,
+        })
+    };
+    parse().map(|wished| wished.min(longest)).ok_or_else(|| Error::invalid(GRPC_TIMEOUT, "must be 1 to 8 digits and one of H M S m u n"))
+}
+
+/// The status that an answer without a body carries; an answer with one is taken for good.
+fn code(headers: &HeaderMap) -> usize {
+    headers.get(Status::GRPC_STATUS).and_then(|value| value.to_str().ok()?.parse().ok()).unwrap_or(0)
+}
+
+/// Gives an error that the framework made the details that ours have.
+fn completed(response: Response<Body>) -> Response<Body> {
+    if code(response.headers()) == 0 {
+        return response;
+    }
+    match Status::from_header_map(response.headers()).as_ref().and_then(status::complete) {
+        Some(status) => status.into_http(),
+        None => response,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(name: &'static str, values: &[&'static str]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for value in values {
+            headers.append(name, value.parse().expect("a header value"));
+        }
+        headers
+    }
+
+    #[test]
+    fn credentials_are_taken_once_and_whole() {
+        let token = |values| bearer(&headers("authorization", values)).map(|token| token.map(<[u8]>::to_vec));
+        assert!(token(&[]).expect("none").is_none());
+        assert_eq!(token(&["Bearer abc"]).expect("one").as_deref(), Some(b"abc".as_slice()));
+        assert_eq!(token(&["bearer abc"]).expect("the scheme has no case").as_deref(), Some(b"abc".as_slice()));
+        for bad in [&["Basic abc"][..], &["Bearer"], &["abc"], &["Bearer a", "Bearer b"], &[""]] {
+            assert!(token(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn deadlines_follow_the_protocol() {
+        let longest = Duration::from_secs(15);
+        let of = |value| deadline(&headers("grpc-timeout", &[value]), longest);
+        assert_eq!(of("250m").ok(), Some(Duration::from_millis(250)));
+        assert_eq!(of("99999999H").ok(), Some(longest));
+        assert_eq!(deadline(&HeaderMap::new(), longest).ok(), Some(longest));
+        for bad in ["", "m", "5", "123456789S", "-1S", "1.5S", "5s", "+5S"] {
+            assert!(of(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! `TokenService`: messages in, one domain method, messages out.
+
+use tonic::{Request, Response, Status};
+
+use super::{Api, Call, call, convert};
+use crate::{
+    ambient::Time,
+    error::Violations,
+    issuer::{Lifetime, ListRequest, NewToken, RequestId, Target, TokenPatch},
+    proto::{self, create_token_request as create, token_service_server::TokenService},
+};
+
+type Answer<T> = Result<Response<T>, Status>;
+
+#[tonic::async_trait]
+impl TokenService for Api {
+    async fn create_token(&self, request: Request<proto::CreateTokenRequest>) -> Answer<proto::CreateTokenResponse> {
+        let (Call { caller, now }, message) = call(request)?;
+        let request = RequestId { id: message.request_id.clone(), request: prost::Message::encode_to_vec(&message) };
+        let (token, secret) = self.issuer.create(caller, new_token(message), request, now).await?;
+        Ok(Response::new(proto::CreateTokenResponse {
+            token: Some(convert::token(token, now)),
+            secret: secret.reveal().to_owned(),
+            propagation: convert::complete(),
+        }))
+    }
+
+    async fn get_token(&self, request: Request<proto::GetTokenRequest>) -> Answer<proto::GetTokenResponse> {
+        let (Call { caller, now }, message) = call(request)?;
+        let token = self.issuer.get(&caller, &message.id).await?;
+        Ok(Response::new(proto::GetTokenResponse { token: Some(convert::token(token, now)) }))
+    }
+
+    async fn list_tokens(&self, request: Request<proto::ListTokensRequest>) -> Answer<proto::ListTokensResponse> {
+        let (Call { caller, now }, message) = call(request)?;
+        let (tokens, next) = self.issuer.list(&caller, list_request(message), now).await?;
+        Ok(Response::new(proto::ListTokensResponse {
+            tokens: tokens.into_iter().map(|token| convert::token(token, now)).collect(),
+            next_page_token: next.unwrap_or_default(),
+        }))
+    }
+
+    async fn update_token(&self, request: Request<proto::UpdateTokenRequest>) -> Answer<proto::UpdateTokenResponse> {
+        let (Call { caller, now }, message) = call(request)?;
+        let (target, patch) = patch(message);
+        let token = self.issuer.update(caller, target, patch, now).await?;
+        Ok(Response::new(proto::UpdateTokenResponse { token: Some(convert::token(token, now)), propagation: convert::complete() }))
+    }
+
+    async fn activate_token(&self, request: Request<proto::ActivateTokenRequest>) -> Answer<proto::ActivateTokenResponse> {
+        let (Call { caller, now }, message) = call(request)?;
+        let target = Target { id: message.id, etag: message.etag };
+        let token = self.issuer.activate(caller, target, now).await?;
+        Ok(Response::new(proto::ActivateTokenResponse { token: Some(convert::token(token, now)), propagation: convert::complete() }))
+    }
+
+    async fn deactivate_token(&self, request: Request<proto::DeactivateTokenRequest>) -> Answer<proto::DeactivateTokenResponse> {
+        let (Call { caller, now }, message) = call(request)?;
+        let target = Target { id: message.id, etag: message.etag };
+        let token = self.issuer.deactivate(caller, target, now).await?;
+        Ok(Response::new(proto::DeactivateTokenResponse { token: Some(convert::token(token, now)), propagation: convert::complete() }))
+    }
+
+    async fn revoke_token(&self, request: Request<proto::RevokeTokenRequest>) -> Answer<proto::RevokeTokenResponse> {
+        let (Call { caller, now }, message) = call(request)?;
+        let target = Target { id: message.id, etag: message.etag };
+        let token = self.issuer.revoke(caller, target, &message.reason, now).await?;
+        Ok(Response::new(proto::RevokeTokenResponse { token: Some(convert::token(token, now)), propagation: convert::complete() }))
+    }
+
+    async fn regenerate_token(&self, request: Request<proto::RegenerateTokenRequest>) -> Answer<proto::RegenerateTokenResponse> {
+        let (Call { caller, now }, message) = call(request)?;
+        let request = RequestId { id: message.request_id.clone(), request: prost::Message::encode_to_vec(&message) };
+        let mut violations = Violations::default();
+        let grace = convert::optional_span("grace", message.grace.as_ref(), &mut violations);
+        violations.finish()?;
+        let target = Target { id: message.id, etag: message.etag };
+        let done = self.issuer.regenerate(caller, target, grace, request, now).await?;
+        Ok(Response::new(proto::RegenerateTokenResponse {
+            token: Some(convert::token(done.token, now)),
+            secret: done.secret.reveal().to_owned(),
+            propagation: convert::complete(),
+            grace_time: done.grace_time.and_then(convert::timestamp),
+        }))
+    }
+
+    async fn delete_token(&self, request: Request<proto::DeleteTokenRequest>) -> Answer<proto::DeleteTokenResponse> {
+        let (Call { caller, now }, message) = call(request)?;
+        self.issuer.delete(caller, Target { id: message.id, etag: message.etag }, now).await?;
+        Ok(Response::new(proto::DeleteTokenResponse { propagation: convert::complete() }))
+    }
+
+    async fn revoke_principal_tokens(
+        &self,
+        request: Request<proto::RevokePrincipalTokensRequest>,
+    ) -> Answer<proto::RevokePrincipalTokensResponse> {
+        let (Call { caller, now }, message) = call(request)?;
+        let revoked = self.issuer.revoke_principal(caller, &message.workspace, &message.principal, &message.reason, now).await?;
+        Ok(Response::new(proto::RevokePrincipalTokensResponse {
+            revoked_count: i32::try_from(revoked).unwrap_or(i32::MAX),
+            propagation: convert::complete(),
+        }))
+    }
+}
+
+fn new_token(message: proto::CreateTokenRequest) -> NewToken {
+    let mut violations = Violations::default();
+    let temporary = convert::is_temporary("kind", message.kind, &mut violations);
+    let lifetime = match message.lifetime {
+        None => Some(Lifetime::Usual),
+        Some(create::Lifetime::Ttl(ttl)) => violations.take("ttl", convert::span(&ttl)).map(Lifetime::For),
+        Some(create::Lifetime::ExpireTime(end)) => violations.take("expire_time", convert::time(&end)).map(Lifetime::Until),
+        Some(create::Lifetime::Never(true)) => Some(Lifetime::Never),
+        Some(create::Lifetime::Never(false)) => {
+            violations.add("never", "must be true, or left out");
+            None
+        }
+    };
+    NewToken {
+        workspace: message.workspace,
+        display_name: message.display_name,
+        principal: message.principal,
+        temporary,
+        scopes: message.scopes,
+        audiences: message.audiences,
+        allowed_cidrs: message.allowed_cidrs,
+        metadata: message.metadata,
+        session_id: message.session_id,
+        lifetime: lifetime.unwrap_or_default(),
+        violations,
+    }
+}
+
+fn list_request(message: proto::ListTokensRequest) -> ListRequest {
+    let mut violations = Violations::default();
+    let request = ListRequest {
+        temporary: convert::is_temporary("kind", message.kind, &mut violations),
+        states: convert::states("states", &message.states, &mut violations),
+        expires_before: convert::optional_time("expires_before", message.expires_before.as_ref(), &mut violations),
+        last_used_before: convert::optional_time("last_used_before", message.last_used_before.as_ref(), &mut violations),
+        workspace: message.workspace,
+        principal: message.principal,
+        audience: message.audience,
+        created_by: message.created_by,
+        query: message.query,
+        order_by: message.order_by,
+        page_size: message.page_size,
+        page_token: message.page_token,
+        violations: Violations::default(),
+    };
+    ListRequest { violations, ..request }
+}
+
+/// The fields that the mask names. What is named and not set is cleared.
+fn patch(message: proto::UpdateTokenRequest) -> (Target, TokenPatch) {
+    const PATHS: &str = "display_name, scopes, audiences, allowed_cidrs, metadata, expire_time";
+    let token = message.token.unwrap_or_default();
+    let mut patch = TokenPatch::default();
+    let mut violations = Violations::default();
+    let paths = message.update_mask.unwrap_or_default().paths;
+    if paths.is_empty() {
+        violations.add("update_mask", format!("must name what to change: some of {PATHS}"));
+    }
+    for path in &paths {
+        match path.as_str() {
+            "display_name" => patch.display_name = Some(token.display_name.clone()),
+            "scopes" => patch.scopes = Some(token.scopes.clone()),
+            "audiences" => patch.audiences = Some(token.audiences.clone()),
+            "allowed_cidrs" => patch.allowed_cidrs = Some(token.allowed_cidrs.clone()),
+            "metadata" => patch.metadata = Some(token.metadata.clone()),
+            "expire_time" => {
+                let end = token.expire_time.as_ref().map_or(Ok(Time::NEVER), convert::time);
+                patch.expire_time = violations.take("token.expire_time", end);
+            }
+            // The path is the caller's own text; it is shown back in part only, and quoted.
+            other => {
+                let shown: String = other.chars().take(64).collect();
+                violations.add("update_mask", format!("has the path {shown:?}, which cannot be changed; it may name {PATHS}"));
+            }
+        }
+    }
+    patch.violations = violations;
+    (Target { id: token.id, etag: token.etag }, patch)
+}

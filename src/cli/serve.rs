@@ -1,0 +1,114 @@
+//! The commands that run on the server's own machine: `serve`, `migrate`, `keyring rotate`.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "the command line speaks to people")]
+
+use std::{net::SocketAddr, path::Path, process::ExitCode};
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::{
+    ambient::Clock,
+    config::Config,
+    server::Server,
+    store::Store,
+    telemetry,
+    token::{Keyring, Secret},
+};
+
+/// Runs the server until it is told to stop.
+pub(super) fn serve(config: Config) -> ExitCode {
+    telemetry::init_logs(&config.log, config.log_format);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(config.workers).enable_all().build();
+    outcome(runtime.map_err(|error| error.to_string()).and_then(|runtime| runtime.block_on(run(&config))))
+}
+
+/// Brings the database's schema up to date.
+pub(super) fn migrate(config: Config) -> ExitCode {
+    telemetry::init_logs(&config.log, config.log_format);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let work = async {
+        let store = Store::open(&config.database_url, true, Box::new(|_, _, _| ())).await?;
+        store.close().await.map_err(|error| error.to_string())
+    };
+    outcome(runtime.map_err(|error| error.to_string()).and_then(|runtime| runtime.block_on(work)).inspect(|()| {
+        println!("The schema of {:?} is up to date.", config.database_url);
+    }))
+}
+
+/// Makes a new primary key.
+pub(super) fn rotate_keyring(config: Config) -> ExitCode {
+    let path = &config.keyring_file;
+    let rotate = || {
+        let keyring = Keyring::load(path)?;
+        let mut keyring = keyring.ok_or_else(|| format!("there is no keyring {}: `keyward serve` makes one on its first start", path.display()))?;
+        let kid = keyring.rotate()?;
+        keyring.save(path)?;
+        Ok(kid)
+    };
+    outcome(rotate().map(|kid| {
+        println!(
+            "Key {} is the primary one in {}; the others go on proving the tokens that they made.\nServers read the keyring when they start: restart them.",
+            kid.as_char(),
+            path.display()
+        );
+    }))
+}
+
+fn outcome(result: Result<(), String>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("keyward: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(config: &Config) -> Result<(), String> {
+    let on = |kind| signal(kind).map_err(|error| error.to_string());
+    let (mut terminate, mut interrupt, mut hangup) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?, on(SignalKind::hangup())?);
+    let mut server = Server::start(config, Clock::system()).await?;
+    if let Some(secret) = server.take_root_token() {
+        welcome(&secret, server.address(), config.tls.is_some());
+    }
+    let lost = wait(&server, &mut terminate, &mut interrupt, &mut hangup).await;
+    tokio::select! {
+        stopped = server.stop() => stopped?,
+        _ = interrupt.recv() => return Err("interrupted twice: stopped without waiting for what was under way".to_owned()),
+    }
+    if lost { Err("another keyward has taken this database".to_owned()) } else { Ok(()) }
+}
+
+/// Waits for the wish to stop, or for the loss of the database; says whether it was the latter.
+async fn wait(server: &Server, terminate: &mut Signal, interrupt: &mut Signal, hangup: &mut Signal) -> bool {
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => return false,
+            _ = interrupt.recv() => return false,
+            () = server.lost() => return true,
+            _ = hangup.recv() => match server.reload() {
+                Ok(_) => tracing::info!("the certificates were read again"),
+                Err(error) => tracing::error!(%error, "the certificates on disk cannot be used; those from before stay"),
+            },
+        }
+    }
+}
+
+/// Shows the root token, this once, and what one would type next.
+fn welcome(secret: &Secret, address: SocketAddr, tls: bool) {
+    let scheme = if tls { "https" } else { "http" };
+    let host = match address {
+        SocketAddr::V4(v4) if v4.ip().is_unspecified() => format!("127.0.0.1:{}", v4.port()),
+        SocketAddr::V6(v6) if v6.ip().is_unspecified() => format!("[::1]:{}", v6.port()),
+        other => other.to_string(),
+    };
+    let program = std::env::current_exe().ok();
+    let program = program.as_deref().and_then(Path::to_str).filter(|path| !path.contains(['\'', ' '])).unwrap_or("keyward");
+    println!(
+        "\nThis is the first start. The root token may do everything, and is shown this once:\n\n    {root}\n\n\
+         Create a first token and validate it, in another terminal:\n\n\
+         export KEYWARD_ADDRESS={scheme}://{host} KEYWARD_TOKEN={root}\n\
+         {program} token create --name 'My first token' | {program} validate -\n",
+        root = secret.reveal()
+    );
+}

@@ -1,0 +1,370 @@
+//! The running server: opens the store, listens, ticks, drains.
+//!
+//! Invariant: health says `NOT_SERVING` until everything is ready and from the moment a drain begins (test `health_tells_the_drain`).
+//! Invariant: a clean stop writes every use that was counted (test `uses_are_counted_exactly_after_a_clean_stop`).
+
+mod connection;
+mod tls;
+
+use std::{convert::Infallible, io::Write as _, net::SocketAddr, os::unix::fs::DirBuilderExt as _, path::Path, sync::Arc, time::Duration};
+
+use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, watch},
+    task::JoinHandle,
+    time::{MissedTickBehavior, interval, timeout},
+};
+use tonic_health::{
+    ServingStatus,
+    server::{HealthReporter, HealthService},
+};
+
+use self::{
+    connection::{Phase, Port},
+    tls::Certificates,
+};
+use crate::{
+    ambient::Clock,
+    api::{self, Api, gate},
+    cache::Cache,
+    config::Config,
+    error::Error,
+    issuer::Issuer,
+    store::Store,
+    telemetry::{self, Metrics},
+    token::{Keyring, Secret},
+    usage::Usage,
+    validator::Validator,
+};
+
+/// How often counted uses are written.
+const USAGE_INTERVAL: Duration = Duration::from_secs(1);
+/// How often what nobody needs any more is removed.
+const PRUNE_INTERVAL: Duration = Duration::from_secs(10);
+/// How often certificates and the exclusive use of the database are looked after.
+const WATCH_INTERVAL: Duration = Duration::from_secs(3);
+/// How long a clean stop tries to write counted uses.
+const LAST_FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+const METRICS_CONNECTIONS_MAX: usize = 64;
+
+/// A server that answers.
+pub struct Server {
+    address: SocketAddr,
+    metrics_address: Option<SocketAddr>,
+    root_token: Option<Secret>,
+    rooms: Rooms,
+    port: Arc<Port>,
+    phase: watch::Sender<Phase>,
+    health: HealthReporter,
+    tasks: Vec<JoinHandle<()>>,
+    lost: watch::Receiver<bool>,
+}
+
+/// The rooms of one server.
+#[derive(Clone)]
+struct Rooms {
+    clock: Clock,
+    store: Arc<Store>,
+    usage: Arc<Usage>,
+    validator: Arc<Validator>,
+    issuer: Arc<Issuer>,
+    metrics: Arc<Metrics>,
+    certificates: Option<Arc<Certificates>>,
+}
+
+impl Server {
+    /// Starts one. Returns when it answers.
+    ///
+    /// # Errors
+    /// A sentence for the operator: what is wrong and what to do.
+    pub async fn start(config: &Config, clock: Clock) -> Result<Self, String> {
+        Self::start_with(config, clock, gate::Limits::default()).await
+    }
+
+    /// As [`Server::start`], with limits of one's own.
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub async fn start_with(config: &Config, clock: Clock, limits: gate::Limits) -> Result<Self, String> {
+        install_crypto_provider();
+        // First what is quick to fail, and only then what leaves traces.
+        let certificates = config.tls.as_ref().map(Certificates::load).transpose()?.map(Arc::new);
+        let listener = listen("listen", config.listen).await?;
+        let metrics_listener = match config.metrics_listen {
+            Some(address) => Some(listen("metrics_listen", address).await?),
+            None => None,
+        };
+        let metrics = Arc::new(Metrics::new(&gate::counted_names()));
+        let (rooms, root_token) = Rooms::open(config, clock, Arc::clone(&metrics), certificates.clone()).await?;
+        let health = HealthReporter::new();
+        set_health(&health, ServingStatus::NotServing).await;
+        let api = Api { validator: Arc::clone(&rooms.validator), issuer: Arc::clone(&rooms.issuer), metrics: Arc::clone(&metrics) };
+        let routes = api.clone().routes(HealthService::from_health_reporter(health.clone())).map_err(|error| error.to_string())?;
+        let (phase, phase_receiver) = watch::channel(Phase::Serving);
+        let gate = Arc::new(gate::Gate::new(api, routes, rooms.clock.clone(), limits));
+        let port = Port::new(gate, certificates, metrics, phase_receiver);
+        let (lost_sender, lost) = watch::channel(false);
+        let mut server = Self {
+            address: local_address(&listener)?,
+            metrics_address: metrics_listener.as_ref().map(local_address).transpose()?,
+            root_token,
+            port,
+            phase,
+            health,
+            tasks: Vec::new(),
+            lost,
+            rooms,
+        };
+        server.spawn_ticks(lost_sender);
+        if let Some(listener) = metrics_listener {
+            server.tasks.push(tokio::spawn(serve_metrics(listener, server.rooms.clone())));
+        }
+        tokio::spawn(Arc::clone(&server.port).accept(listener));
+        set_health(&server.health, ServingStatus::Serving).await;
+        tracing::info!(address = %server.address, version = telemetry::VERSION, database = ?config.database_url, "serving");
+        Ok(server)
+    }
+
+    /// Where gRPC is served.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where metrics are served.
+    #[must_use]
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.metrics_address
+    }
+
+    /// The root token, if this was the first start on an empty store; once.
+    pub fn take_root_token(&mut self) -> Option<Secret> {
+        self.root_token.take()
+    }
+
+    /// Reads the certificates again, now.
+    ///
+    /// # Errors
+    /// A sentence that names the file; the certificates in use stay.
+    pub fn reload(&self) -> Result<bool, String> {
+        self.rooms.certificates.as_ref().map_or(Ok(false), |certificates| certificates.reload())
+    }
+
+    /// Returns if the database is not exclusively ours any more, which ends the service.
+    pub async fn lost(&self) {
+        let mut lost = self.lost.clone();
+        if lost.wait_for(|lost| *lost).await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    /// Stops: says so, finishes what is under way, writes what was counted.
+    ///
+    /// # Errors
+    /// A sentence, if something could not be written.
+    pub async fn stop(self) -> Result<(), String> {
+        tracing::info!("draining");
+        set_health(&self.health, ServingStatus::NotServing).await;
+        self.phase.send_replace(Phase::Draining);
+        self.port.drained(&self.phase).await;
+        for task in &self.tasks {
+            task.abort();
+        }
+        let flushed = timeout(LAST_FLUSH_TIMEOUT, self.rooms.usage.flush(&self.rooms.store)).await;
+        let closed = timeout(LAST_FLUSH_TIMEOUT, self.rooms.store.close()).await;
+        match flushed {
+            Ok(Ok(())) if matches!(closed, Ok(Ok(()))) => {
+                tracing::info!("stopped");
+                Ok(())
+            }
+            Ok(Ok(())) => Err("the database did not close cleanly".to_owned()),
+            _ => Err(format!("the uses of {} tokens could not be written and are lost", self.rooms.usage.backlog())),
+        }
+    }
+
+    fn spawn_ticks(&mut self, lost: watch::Sender<bool>) {
+        let rooms = self.rooms.clone();
+        self.tasks.push(every(USAGE_INTERVAL, move || {
+            let rooms = rooms.clone();
+            async move { report("counted uses could not be written; they are kept", rooms.usage.flush(&rooms.store).await) }
+        }));
+        let rooms = self.rooms.clone();
+        self.tasks.push(every(PRUNE_INTERVAL, move || {
+            let rooms = rooms.clone();
+            async move { report("old rows could not be removed", rooms.issuer.tick(rooms.clock.now()).await) }
+        }));
+        let rooms = self.rooms.clone();
+        let lost = Arc::new(lost);
+        self.tasks.push(every(WATCH_INTERVAL, move || {
+            let (rooms, lost) = (rooms.clone(), Arc::clone(&lost));
+            async move {
+                rooms.reload_certificates();
+                match rooms.store.hold().await {
+                    Ok(true) => {}
+                    Ok(false) => {
+                        tracing::error!("another keyward has taken this database: this one stops");
+                        lost.send_replace(true);
+                    }
+                    Err(error) => report("the database does not answer", Err(error)),
+                }
+            }
+        }));
+    }
+}
+
+impl Rooms {
+    async fn open(
+        config: &Config,
+        clock: Clock,
+        metrics: Arc<Metrics>,
+        certificates: Option<Arc<Certificates>>,
+    ) -> Result<(Self, Option<Secret>), String> {
+        make_folder(&config.data_dir)?;
+        let observed = Arc::clone(&metrics);
+        let observer = Box::new(move |verb, elapsed, failed| observed.store(verb, elapsed, failed));
+        let store = Arc::new(Store::open(&config.database_url, config.migrate_on_start, observer).await?);
+        let keyring = Arc::new(open_keyring(&store, &config.keyring_file).await?);
+        let cache = Arc::new(Cache::new(config.cache_tokens));
+        let usage = Arc::new(Usage::default());
+        let issuer = Issuer::new(Arc::clone(&keyring), Arc::clone(&cache), Arc::clone(&store));
+        let keep = |secret: &Secret| match &config.root_token_file {
+            Some(path) => write_root_token(path, secret).map_err(|error| Error::Internal(error.into())),
+            None => Ok(()),
+        };
+        let root_token = issuer.bootstrap(clock.now(), keep).await.map_err(|error| match error {
+            Error::Internal(source) => source.to_string(),
+            error => error.to_string(),
+        })?;
+        let validator = Validator::new(keyring, cache, Arc::clone(&store), Arc::clone(&usage));
+        Ok((Self { clock, store, usage, validator, issuer, metrics, certificates }, root_token))
+    }
+
+    fn reload_certificates(&self) {
+        match self.certificates.as_ref().map(|certificates| certificates.reload()) {
+            None | Some(Ok(false)) => {}
+            Some(Ok(true)) => tracing::info!("the certificates were read anew"),
+            Some(Err(error)) => tracing::error!(%error, "the certificates on disk cannot be used; those from before stay"),
+        }
+    }
+}
+
+/// rustls takes one provider for the whole process.
+pub fn install_crypto_provider() {
+    // An error says that there is one already, which is then this one.
+    let _already = rustls::crypto::ring::default_provider().install_default();
+}
+
+async fn set_health(health: &HealthReporter, status: ServingStatus) {
+    for service in api::SERVICES.into_iter().chain([""]) {
+        health.set_service_status(service, status).await;
+    }
+}
+
+async fn listen(setting: &str, address: SocketAddr) -> Result<TcpListener, String> {
+    let listener = TcpListener::bind(address).await;
+    listener.map_err(|error| format!("{setting} {address} cannot be listened on: {error}; name another address with --{}", setting.replace('_', "-")))
+}
+
+fn local_address(listener: &TcpListener) -> Result<SocketAddr, String> {
+    listener.local_addr().map_err(|error| error.to_string())
+}
+
+fn make_folder(path: &Path) -> Result<(), String> {
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|error| format!("the folder {} cannot be made: {error}; name another one with --data-dir", path.display()))
+}
+
+/// The keyring that this store's tokens were made with; a new one if none ever were.
+async fn open_keyring(store: &Store, path: &Path) -> Result<Keyring, String> {
+    let keyring = match Keyring::load(path)? {
+        Some(keyring) => keyring,
+        None if store.has_keys().await.map_err(|error| error.to_string())? => {
+            return Err(format!(
+                "the keyring {} is missing, and without it every token of this database would look forged: put back the copy that you keep \
+                 of it, or name its place with --keyring-file",
+                path.display()
+            ));
+        }
+        None => {
+            let keyring = Keyring::generate().map_err(|error| error.to_string())?;
+            keyring.save(path)?;
+            tracing::info!(path = %path.display(), "made a new keyring: keep a copy of it in a safe place");
+            keyring
+        }
+    };
+    store.settle_keyring(&keyring).await?;
+    Ok(keyring)
+}
+
+fn write_root_token(path: &Path, secret: &Secret) -> Result<(), String> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let write = || {
+        // A file that is there already might be readable by others: it makes way for one that is not.
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        writeln!(file, "{}", secret.reveal())?;
+        file.sync_all()
+    };
+    write().map_err(|error| format!("root_token_file {} cannot be written: {error}; nothing was created", path.display()))
+}
+
+/// Runs a tick again and again; one that takes long delays the next.
+fn every<F: Future<Output = ()> + Send>(period: Duration, mut tick: impl FnMut() -> F + Send + 'static) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        let mut interval = interval(period);
+        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            interval.tick().await;
+            tick().await;
+        }
+    })
+}
+
+/// Logs a failure of background work, which will be tried again.
+fn report(what: &'static str, outcome: Result<(), Error>) {
+    if let Err(error) = outcome {
+        let below = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+        tracing::warn!(%error, below, "{what}");
+    }
+}
+
+/// The page for Prometheus.
+async fn serve_metrics(listener: TcpListener, rooms: Rooms) {
+    let permits = Arc::new(Semaphore::new(METRICS_CONNECTIONS_MAX));
+    loop {
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+        let Ok((stream, _)) = listener.accept().await else {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let rooms = rooms.clone();
+        tokio::spawn(async move {
+            let _permit = permit;
+            let service = service_fn(move |request: Request<Incoming>| std::future::ready(Ok::<_, Infallible>(metrics_answer(&request, &rooms))));
+            let mut builder = http1::Builder::new();
+            builder.timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(5)).keep_alive(false);
+            // A reader that goes away is no concern of ours.
+            let _gone = timeout(Duration::from_secs(30), builder.serve_connection(TokioIo::new(stream), service)).await;
+        });
+    }
+}
+
+fn metrics_answer(request: &Request<Incoming>, rooms: &Rooms) -> Response<String> {
+    let (status, content_type, body) = match (request.method(), request.uri().path()) {
+        (&Method::GET, "/metrics") => match rooms.metrics.page(rooms.validator.stats(), rooms.usage.backlog()) {
+            Ok(page) => (StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", page),
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", error.to_string()),
+        },
+        _ => (StatusCode::NOT_FOUND, "text/plain", "the metrics are at /metrics\n".to_owned()),
+    };
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static(content_type));
+    response
+}

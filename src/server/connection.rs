@@ -1,0 +1,222 @@
+//! Accepting connections and driving them, within limits that tonic's own server does not keep.
+//!
+//! Invariant: a client that connects and says nothing is gone after [`FIRST_BYTE_TIMEOUT`] (test `silent_clients_are_cut`).
+//! Invariant: a drain ends: what has not closed by itself within [`DRAIN_TIMEOUT`] is cut (test `a_drain_has_an_end`).
+
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    pin::{Pin, pin},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    time::{sleep, timeout},
+};
+
+use super::tls::Certificates;
+use crate::{
+    ambient,
+    api::gate::{Gate, Peer},
+    telemetry::Metrics,
+};
+
+/// Open connections.
+const CONNECTIONS_MAX: u32 = 10_000;
+/// From the connection to its first byte, after the TLS handshake if there is one.
+const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(5);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// From the wish to stop to the last connection.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(25);
+/// After this a connection is asked to close, so that clients spread anew over the servers; up to a tenth more, so that they do not come at once.
+const CONNECTION_AGE_MAX: Duration = Duration::from_hours(1);
+/// How long it may take to do so.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
+
+const STREAMS_MAX: u32 = 128;
+const RESET_STREAMS_MAX: usize = 1_024;
+const HEADER_BYTES_MAX: u32 = 8 * 1024;
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What connections are told.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Phase {
+    /// Go on.
+    Serving,
+    /// Finish what is under way.
+    Draining,
+    /// Stop at once.
+    Cut,
+}
+
+/// The gRPC port.
+pub(super) struct Port {
+    pub(super) gate: Arc<Gate>,
+    pub(super) certificates: Option<Arc<Certificates>>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) phase: watch::Receiver<Phase>,
+    permits: Arc<Semaphore>,
+}
+
+impl Port {
+    pub(super) fn new(gate: Arc<Gate>, certificates: Option<Arc<Certificates>>, metrics: Arc<Metrics>, phase: watch::Receiver<Phase>) -> Arc<Self> {
+        Arc::new(Self { gate, certificates, metrics, phase, permits: Arc::new(Semaphore::new(CONNECTIONS_MAX as usize)) })
+    }
+
+    /// Accepts connections until the drain begins.
+    pub(super) async fn accept(self: Arc<Self>, listener: TcpListener) {
+        let mut phase = self.phase.clone();
+        loop {
+            let Ok(permit) = Arc::clone(&self.permits).acquire_owned().await else { return };
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                _ = phase.wait_for(|phase| *phase != Phase::Serving) => return,
+            };
+            match accepted {
+                Ok((stream, address)) => {
+                    tokio::spawn(Arc::clone(&self).serve(stream, address, permit));
+                }
+                Err(error) => {
+                    // Out of file descriptors, most likely: wait until some connections have closed.
+                    tracing::warn!(%error, "a connection could not be accepted");
+                    sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+
+    /// Waits until every connection is closed, and cuts those that are still open at the end of the drain.
+    pub(super) async fn drained(&self, phase: &watch::Sender<Phase>) {
+        if timeout(DRAIN_TIMEOUT, self.permits.acquire_many(CONNECTIONS_MAX)).await.is_err() {
+            tracing::warn!("some connections did not close in time and are cut");
+            phase.send_replace(Phase::Cut);
+            if timeout(Duration::from_secs(1), self.permits.acquire_many(CONNECTIONS_MAX)).await.is_err() {
+                tracing::error!("some connections could not be cut");
+            }
+        }
+    }
+
+    async fn serve(self: Arc<Self>, stream: TcpStream, address: SocketAddr, _permit: OwnedSemaphorePermit) {
+        self.metrics.connections.inc();
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "TCP_NODELAY could not be set");
+        }
+        let mut phase = self.phase.clone();
+        tokio::select! {
+            () = self.speak(stream, address) => {}
+            _ = phase.wait_for(|phase| *phase == Phase::Cut) => {}
+        }
+        self.metrics.connections.dec();
+    }
+
+    async fn speak(&self, stream: TcpStream, address: SocketAddr) {
+        let Some(certificates) = &self.certificates else {
+            return self.drive(stream, Peer { address, certificate: None }).await;
+        };
+        match timeout(HANDSHAKE_TIMEOUT, certificates.acceptor().accept(stream)).await {
+            Ok(Ok(stream)) => {
+                let certificate = certificates.caller(&stream).map(Arc::new);
+                self.drive(stream, Peer { address, certificate }).await;
+            }
+            Ok(Err(error)) => tracing::debug!(%error, peer = %address.ip(), "TLS handshake failed"),
+            Err(_) => tracing::debug!(peer = %address.ip(), "TLS handshake took too long"),
+        }
+    }
+
+    async fn drive(&self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, peer: Peer) {
+        let heard = Arc::new(AtomicBool::new(false));
+        let stream = TokioIo::new(Heard { stream, heard: Arc::clone(&heard) });
+        let gate = &self.gate;
+        let service = service_fn(move |request: hyper::Request<Incoming>| {
+            let (gate, peer) = (Arc::clone(gate), peer.clone());
+            async move { Ok::<_, Infallible>(gate.serve(request, &peer).await) }
+        });
+        let mut connection = pin!(http2().serve_connection(stream, service));
+        let mut phase = self.phase.clone();
+        let first = tokio::select! {
+            result = connection.as_mut() => Some(result),
+            () = sleep(FIRST_BYTE_TIMEOUT) => None,
+            _ = phase.wait_for(|phase| *phase != Phase::Serving) => None,
+        };
+        if first.is_some() || !heard.load(Ordering::Relaxed) {
+            return;
+        }
+        let closed = tokio::select! {
+            _ = connection.as_mut() => true,
+            () = sleep(age_max()) => false,
+            _ = phase.wait_for(|phase| *phase != Phase::Serving) => false,
+        };
+        if !closed {
+            connection.as_mut().graceful_shutdown();
+            // An error or an overlong farewell end the same way: the connection is dropped.
+            let _farewell = timeout(CLOSE_TIMEOUT, connection).await;
+        }
+    }
+}
+
+fn http2() -> http2::Builder<TokioExecutor> {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(STREAMS_MAX)
+        .max_local_error_reset_streams(RESET_STREAMS_MAX)
+        .max_header_list_size(HEADER_BYTES_MAX)
+        .keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT);
+    builder
+}
+
+fn age_max() -> Duration {
+    let jitter = ambient::random::<1>().map_or(0, |[byte]| u32::from(byte));
+    CONNECTION_AGE_MAX + CONNECTION_AGE_MAX / 10 * jitter / 256
+}
+
+/// Notes whether anything was ever read.
+struct Heard<S> {
+    stream: S,
+    heard: Arc<AtomicBool>,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Heard<S> {
+    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        let before = buffer.filled().len();
+        let polled = Pin::new(&mut self.stream).poll_read(context, buffer);
+        if buffer.filled().len() > before && !self.heard.load(Ordering::Relaxed) {
+            self.heard.store(true, Ordering::Relaxed);
+        }
+        polled
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Heard<S> {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &[u8]) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, buffer)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+
+    fn poll_write_vectored(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffers: &[std::io::IoSlice<'_>]) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, buffers)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}

@@ -1,0 +1,215 @@
+//! Logs and metrics.
+//!
+//! Invariant: libraries through whose hands tokens and statements pass log warnings at most, whatever the level
+//! (test `no_secret_is_anywhere`).
+//! Invariant: no label of a metric holds what a caller sent: names come from our own lists (test `metrics_have_bounded_labels`).
+
+use std::{collections::HashMap, time::Duration};
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text::encode},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram, info::Info},
+    registry::Registry,
+};
+use tracing_subscriber::EnvFilter;
+
+use crate::{config::LogFormat, grant::Verdict, validator::Stats};
+
+/// The version, with the commit that it was built from.
+pub const VERSION: &str = env!("KEYWARD_VERSION");
+
+/// gRPC status codes by their numbers.
+const CODES: [&str; 17] = [
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+];
+
+const VERDICTS: [(Verdict, &str); 10] = [
+    (Verdict::Valid, "VALID"),
+    (Verdict::Unknown, "UNKNOWN"),
+    (Verdict::Revoked, "REVOKED"),
+    (Verdict::Expired, "EXPIRED"),
+    (Verdict::Inactive, "INACTIVE"),
+    (Verdict::PrincipalSuspended, "PRINCIPAL_SUSPENDED"),
+    (Verdict::WorkspaceSuspended, "WORKSPACE_SUSPENDED"),
+    (Verdict::WrongAudience, "WRONG_AUDIENCE"),
+    (Verdict::IpNotAllowed, "IP_NOT_ALLOWED"),
+    (Verdict::InsufficientScope, "INSUFFICIENT_SCOPE"),
+];
+
+/// Begins to log, to standard error. The first call counts.
+pub fn init_logs(level: &str, format: LogFormat) {
+    let others = if matches!(level, "off" | "error") { level } else { "warn" };
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(format!("{others},keyward={level}")))
+        .with_writer(std::io::stderr)
+        .with_ansi(false);
+    // An error says that somebody has begun to log already, which is then the one who logs.
+    let _first = match format {
+        LogFormat::Text => builder.try_init(),
+        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+    };
+}
+
+/// The name of a status code in logs.
+#[must_use]
+pub fn code_name(code: usize) -> &'static str {
+    CODES.get(code).copied().unwrap_or("UNKNOWN")
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RequestLabels {
+    method: &'static str,
+    code: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct VerdictLabels {
+    verdict: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct MethodLabels {
+    method: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct VerbLabels {
+    verb: &'static str,
+}
+
+/// From 50 µs to 10 s.
+fn latency() -> Histogram {
+    Histogram::new([0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0])
+}
+
+struct MethodMetrics {
+    codes: [Counter; CODES.len()],
+    latency: Histogram,
+}
+
+/// Everything that Prometheus reads.
+pub struct Metrics {
+    registry: Registry,
+    methods: HashMap<&'static str, MethodMetrics>,
+    verdicts: [Counter; VERDICTS.len()],
+    store_latency: Family<VerbLabels, Histogram>,
+    store_errors: Family<VerbLabels, Counter>,
+    shed: Counter,
+    /// Open connections to the gRPC port.
+    pub connections: Gauge,
+    cache_hits: Counter,
+    cache_misses: Counter,
+    cached: Gauge,
+    flights: Gauge,
+    usage_backlog: Gauge,
+}
+
+impl Metrics {
+    /// Counters for these methods, by path.
+    #[must_use]
+    pub fn new(paths: &[&'static str]) -> Self {
+        let mut registry = Registry::with_prefix("keyward");
+        let requests = Family::<RequestLabels, Counter>::default();
+        let latencies = Family::<MethodLabels, Histogram>::new_with_constructor(latency);
+        let verdicts = Family::<VerdictLabels, Counter>::default();
+        let metrics = Self {
+            methods: paths
+                .iter()
+                .map(|path| {
+                    let method = path.trim_start_matches('/');
+                    let codes = CODES.map(|code| requests.get_or_create_owned(&RequestLabels { method, code }));
+                    (*path, MethodMetrics { codes, latency: latencies.get_or_create_owned(&MethodLabels { method }) })
+                })
+                .collect(),
+            verdicts: VERDICTS.map(|(_, verdict)| verdicts.get_or_create_owned(&VerdictLabels { verdict })),
+            store_latency: Family::new_with_constructor(latency),
+            store_errors: Family::default(),
+            shed: Counter::default(),
+            connections: Gauge::default(),
+            cache_hits: Counter::default(),
+            cache_misses: Counter::default(),
+            cached: Gauge::default(),
+            flights: Gauge::default(),
+            usage_backlog: Gauge::default(),
+            registry: Registry::default(),
+        };
+        registry.register("build", "The running version", Info::new([("version", VERSION)]));
+        registry.register("requests", "gRPC calls by method and status code", requests);
+        registry.register("request_seconds", "Time from a call's headers to its answer", latencies);
+        registry.register("verdicts", "Judged tokens by verdict", verdicts);
+        registry.register("store_seconds", "Time of the database by verb", metrics.store_latency.clone());
+        registry.register("store_errors", "Failures of the database by verb", metrics.store_errors.clone());
+        registry.register("shed", "Calls refused because too many were under way", metrics.shed.clone());
+        registry.register("connections", "Open connections", metrics.connections.clone());
+        registry.register("cache_hits", "Tokens judged by what memory knew", metrics.cache_hits.clone());
+        registry.register("cache_misses", "Tokens for which the database was asked", metrics.cache_misses.clone());
+        registry.register("cache_tokens", "Tokens in memory", metrics.cached.clone());
+        registry.register("flights", "Look-ups in the database under way", metrics.flights.clone());
+        registry.register("usage_backlog_tokens", "Tokens whose uses are not written yet", metrics.usage_backlog.clone());
+        Self { registry, ..metrics }
+    }
+
+    /// One call has been answered.
+    pub fn request(&self, path: &str, code: usize, elapsed: Duration) {
+        if let Some(method) = self.methods.get(path) {
+            if let Some(counter) = method.codes.get(code) {
+                counter.inc();
+            }
+            method.latency.observe(elapsed.as_secs_f64());
+        }
+    }
+
+    /// One token has been judged.
+    pub fn verdict(&self, verdict: Verdict) {
+        let index = VERDICTS.iter().position(|(known, _)| *known == verdict);
+        if let Some(counter) = index.and_then(|index| self.verdicts.get(index)) {
+            counter.inc();
+        }
+    }
+
+    /// One call was refused for want of room.
+    pub fn shed(&self) {
+        self.shed.inc();
+    }
+
+    /// The database has answered.
+    pub fn store(&self, verb: &'static str, elapsed: Duration, failed: bool) {
+        self.store_latency.get_or_create(&VerbLabels { verb }).observe(elapsed.as_secs_f64());
+        if failed {
+            self.store_errors.get_or_create(&VerbLabels { verb }).inc();
+        }
+    }
+
+    /// The page that Prometheus reads, in the OpenMetrics text format.
+    ///
+    /// # Errors
+    /// If a number cannot be written as text, which it can.
+    pub fn page(&self, stats: Stats, usage_backlog: usize) -> Result<String, std::fmt::Error> {
+        use std::sync::atomic::Ordering::Relaxed;
+        let count = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
+        self.cache_hits.inner().store(stats.hits, Relaxed);
+        self.cache_misses.inner().store(stats.misses, Relaxed);
+        self.cached.set(count(stats.cached));
+        self.flights.set(count(stats.flights));
+        self.usage_backlog.set(count(usage_backlog));
+        let mut text = String::new();
+        encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+}
