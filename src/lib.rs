@@ -3,6 +3,7 @@
 pub mod ambient;
 pub mod cache;
 pub mod caller;
+pub mod cli;
 pub mod config;
 pub mod error;
 pub mod grant;

@@ -1,3 +1,7 @@
-//! The command line of Keyward.
+//! The binary `keyward`: the command line, and behind it the server.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    keyward::cli::run(std::env::args_os())
+}

@@ -1,0 +1,315 @@
+//! The command line: what people and scripts type, and what they get to see.
+//!
+//! `serve`, `migrate` and `keyring` work on the server's own data; every other command is a client of the gRPC interface.
+//!
+//! Invariant: a token that was typed in the wrong place is not echoed (test `a_misplaced_token_is_not_echoed`).
+
+mod answer;
+mod arguments;
+mod connection;
+mod expiry;
+mod failure;
+mod listing;
+mod questions;
+mod serve;
+mod session;
+mod settings;
+mod table;
+mod tokens;
+mod update;
+
+use std::{
+    ffi::OsString,
+    io::{self, IsTerminal as _, Write},
+    process::ExitCode,
+};
+
+use clap::{Arg, ArgMatches, Command, value_parser};
+use clap_complete::Shell;
+
+use self::{
+    arguments::command,
+    failure::{Exit, Failure},
+    session::{Format, Session},
+};
+use crate::{
+    ambient::Clock,
+    config::{self, Config},
+};
+
+const ABOUT: &str = "Keyward issues API tokens, answers over gRPC whether a token is good, and ends them at once when told so.";
+
+const AFTER: &str = "\
+Start here:
+  keyward serve --root-token-file root.txt      start a server; its first start makes the root token
+  export KEYWARD_TOKEN_FILE=root.txt            say who you are
+  keyward token create --name ci --expires 90d > ci.txt
+  keyward validate - < ci.txt                   ask whether a token is good
+
+Exit codes:
+  0  done; the token is good; the service is ready
+  1  refused: the token is not good, or the request is wrong or not allowed
+  2  the command line or a setting is wrong
+  3  no answer: the server cannot be reached, is overloaded or failed";
+
+/// Everything that can be typed.
+fn root() -> Command {
+    Command::new("keyward")
+        .about(ABOUT)
+        .version(env!("KEYWARD_VERSION"))
+        .after_help(AFTER)
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommands([serve_command(), migrate_command(), keyring_command()])
+        .subcommands([questions::health_command(), questions::whoami_command(), questions::validate_command()])
+        .subcommands([tokens::token_command(), completions_command()])
+}
+
+fn serve_command() -> Command {
+    let examples = "  keyward serve\n  keyward serve --data-dir /var/lib/keyward --root-token-file /run/keyward/root-token\n  \
+                    keyward serve --listen 0.0.0.0:50051 --tls-cert cert.pem --tls-key key.pem";
+    command("serve", "Starts a server", examples).args(settings::args())
+}
+
+fn migrate_command() -> Command {
+    let examples = "  keyward migrate --database-url postgres://keyward@db/keyward";
+    command("migrate", "Brings the database's schema up to date, for servers that run with --migrate-on-start false", examples)
+        .args(settings::args())
+}
+
+fn keyring_command() -> Command {
+    let rotate =
+        command("rotate", "Adds a new key for new tokens; older tokens stay good", "  keyward keyring rotate --data-dir keyward-data");
+    Command::new("keyring")
+        .about("Manages the keys that tokens are made with")
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(rotate.args(settings::args()))
+}
+
+fn completions_command() -> Command {
+    let examples =
+        "  keyward completions bash > /etc/bash_completion.d/keyward\n  keyward completions fish > ~/.config/fish/completions/keyward.fish";
+    command("completions", "Prints the completions of a shell", examples)
+        .arg(Arg::new("shell").value_name("SHELL").required(true).value_parser(value_parser!(Shell)).help("The shell"))
+        .arg_required_else_help(true)
+}
+
+/// Runs the command that the arguments name; the first is the program's own name.
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    // Already installed is as good.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    match root().try_get_matches_from(arguments) {
+        Ok(matches) => dispatch(&matches),
+        Err(error) => explain(&error),
+    }
+}
+
+fn dispatch(matches: &ArgMatches) -> ExitCode {
+    let (path, args) = leaf(matches);
+    match path.as_str() {
+        "serve" => with_config(args, serve::serve),
+        "migrate" => with_config(args, serve::migrate),
+        "keyring rotate" => with_config(args, serve::rotate_keyring),
+        "completions" => completions(args),
+        _ => client(&path, args),
+    }
+}
+
+/// The command that was named, such as `token create`, and its arguments.
+fn leaf(matches: &ArgMatches) -> (String, &ArgMatches) {
+    let (mut path, mut args) = (Vec::new(), matches);
+    while let Some((name, inner)) = args.subcommand() {
+        path.push(name);
+        args = inner;
+    }
+    (path.join(" "), args)
+}
+
+fn with_config(args: &ArgMatches, act: fn(Config) -> ExitCode) -> ExitCode {
+    match settings::load(args) {
+        Ok(config) => act(config),
+        Err(mistakes) => {
+            for mistake in mistakes {
+                let _ = writeln!(io::stderr(), "keyward: {mistake}");
+            }
+            Exit::Usage.into()
+        }
+    }
+}
+
+fn completions(args: &ArgMatches) -> ExitCode {
+    let mut script = Vec::new();
+    if let Some(shell) = args.get_one::<Shell>("shell") {
+        clap_complete::generate(*shell, &mut root(), "keyward", &mut script);
+    }
+    match io::stdout().write_all(&script) {
+        Ok(()) => Exit::Good.into(),
+        Err(_) => Exit::Refused.into(),
+    }
+}
+
+/// Help and version, or what is wrong with the arguments.
+fn explain(error: &clap::Error) -> ExitCode {
+    let text = mask(&error.to_string());
+    let shown = if error.use_stderr() { io::stderr().write_all(text.as_bytes()) } else { io::stdout().write_all(text.as_bytes()) };
+    match (error.use_stderr(), shown) {
+        (false, Ok(())) => Exit::Good.into(),
+        (false, Err(_)) => Exit::Refused.into(),
+        (true, _) => Exit::Usage.into(),
+    }
+}
+
+/// Words as long as a token are cut to the 8 characters by which people recognise one.
+fn mask(text: &str) -> String {
+    const TOKEN_CHARS_MIN: usize = 45;
+    let is_part = |character: char| character.is_ascii_alphanumeric() || character == '_';
+    let mut masked = String::with_capacity(text.len());
+    for piece in text.split_inclusive(|character| !is_part(character)) {
+        let word = piece.trim_end_matches(|character| !is_part(character));
+        if word.len() >= TOKEN_CHARS_MIN {
+            masked.extend(word.chars().take(8));
+            masked.push('…');
+            masked.extend(piece.chars().skip(word.len()));
+        } else {
+            masked.push_str(piece);
+        }
+    }
+    masked
+}
+
+fn client(path: &str, args: &ArgMatches) -> ExitCode {
+    let (mut input, mut out, mut err) = (io::stdin().lock(), io::stdout(), io::stderr());
+    let interactive = io::stdin().is_terminal();
+    let env = config::environment();
+    let format = match Format::read(args, &env) {
+        Ok(format) => format,
+        Err(failure) => return report(&failure, Format::Table),
+    };
+    let now = expiry::timestamp(Clock::system().now());
+    let mut session = Session { env, now, format, input: &mut input, interactive, out: &mut out, err: &mut err };
+    match block_on(path, args, &mut session) {
+        Ok(exit) => exit.into(),
+        Err(failure) => report(&failure, format),
+    }
+}
+
+fn report(failure: &Failure, format: Format) -> ExitCode {
+    failure.print(format, &mut io::stderr());
+    failure.exit().into()
+}
+
+fn block_on(path: &str, args: &ArgMatches, session: &mut Session<'_>) -> Result<Exit, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        match path {
+            "health" => questions::health(args, session).await,
+            "whoami" => questions::whoami(args, session).await,
+            "validate" => questions::validate(args, session).await,
+            "token create" => tokens::create(args, session).await,
+            "token list" => listing::list(args, session).await,
+            "token get" => tokens::get(args, session).await,
+            "token update" => update::update(args, session).await,
+            "token activate" => tokens::activate(args, session).await,
+            "token deactivate" => tokens::deactivate(args, session).await,
+            "token regenerate" => tokens::regenerate(args, session).await,
+            "token revoke" => tokens::revoke(args, session).await,
+            "token delete" => tokens::delete(args, session).await,
+            "token revoke-principal" => tokens::revoke_principal(args, session).await,
+            _ => Err(Failure::usage(format!("there is no command {path}"))),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    const TOKEN: &str = "prod_0abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQR";
+
+    /// Runs a client command; answers its exit code, standard output and standard error.
+    fn run_client(arguments: &[&str], env: &[(&str, &str)], input: &str) -> (Exit, String, String) {
+        let matches = root().no_binary_name(true).try_get_matches_from(arguments).expect("well formed");
+        let (path, args) = leaf(&matches);
+        let env: BTreeMap<_, _> = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let (mut input, mut out, mut err) = (input.as_bytes(), Vec::new(), Vec::new());
+        let format = Format::read(args, &env).expect("a format");
+        let now = "2027-04-11T09:30:00Z".parse().expect("an instant");
+        let mut session = Session { env, now, format, input: &mut input, interactive: false, out: &mut out, err: &mut err };
+        let exit = block_on(&path, args, &mut session).unwrap_or_else(|failure| {
+            failure.print(format, session.err);
+            failure.exit()
+        });
+        let text = |bytes| String::from_utf8(bytes).expect("text");
+        (exit, text(out), text(err))
+    }
+
+    #[test]
+    fn the_commands_are_well_formed() {
+        root().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_an_example() {
+        fn check(command: &mut Command) {
+            let help = [command.render_help().to_string(), command.render_long_help().to_string()];
+            let is_leaf = command.get_subcommands().next().is_none();
+            assert!(!is_leaf || help.iter().all(|help| help.contains("Examples:\n  ")), "{help:?}");
+            command.get_subcommands_mut().for_each(check);
+        }
+        check(&mut root().disable_help_subcommand(true));
+    }
+
+    #[test]
+    fn a_misplaced_token_is_not_echoed() {
+        for arguments in [&["whoami", TOKEN][..], &["validate", "-", TOKEN], &["token", "list", "--limit", TOKEN], &[TOKEN]] {
+            let error = root().no_binary_name(true).try_get_matches_from(arguments).expect_err("wrong");
+            let shown = mask(&error.to_string());
+            assert!(error.to_string().contains(TOKEN) && !shown.contains(TOKEN), "{shown}");
+            assert!(shown.contains("prod_0ab…"), "{shown}");
+        }
+        assert_eq!(mask("short_words stay, ünïcode too\n"), "short_words stay, ünïcode too\n");
+    }
+
+    #[test]
+    fn a_server_that_is_not_there_cannot_be_reached() {
+        // Port 1 of this machine: nobody listens there.
+        let (exit, out, err) = run_client(&["whoami", "--address", "127.0.0.1:1"], &[("KEYWARD_TOKEN", TOKEN)], "");
+        assert_eq!((exit, out.as_str()), (Exit::Unreachable, ""));
+        assert!(err.starts_with("keyward: http://127.0.0.1:1 cannot be reached: "), "{err}");
+        let env = [("KEYWARD_ADDRESS", "127.0.0.1:1"), ("KEYWARD_OUTPUT", "json")];
+        let (exit, _, err) = run_client(&["health"], &env, "");
+        let object: serde_json::Value = serde_json::from_str(&err).expect("JSON");
+        assert_eq!((exit, object["code"].as_str()), (Exit::Unreachable, Some("UNAVAILABLE")));
+    }
+
+    #[test]
+    fn mistakes_are_found_before_anybody_is_asked() {
+        let token = [("KEYWARD_TOKEN", TOKEN)];
+        for (arguments, env, input, expected) in [
+            (&["whoami"][..], &[][..], "", "this needs your own token"),
+            (&["whoami", "--token", "-"], &[], "", "standard input holds no token"),
+            (&["validate", "--token", "-"], &[], TOKEN, "standard input can hold one token only"),
+            (&["validate", "-"], &[("KEYWARD_TOKEN", "-")], TOKEN, "standard input can hold one token only"),
+            (&["validate"], &token, "\n", "standard input holds no token"),
+            (&["whoami", "--address", "https://a/b"], &token, "", "the address must be"),
+            (&["whoami", "--ca-file", "/nowhere"], &token, "", "cannot be read"),
+            (&["token", "create", "--name", "ci", "--expires", "2027-04-11"], &token, "", "2027-04-11 is not later than today"),
+            (&["token", "update", "tok_1", "--expires", "0d"], &token, "", "a token must live for some time"),
+            (&["token", "list", "--expires-before", "never"], &token, "", "never is not an instant"),
+        ] {
+            let (exit, out, err) = run_client(arguments, env, input);
+            assert!(exit == Exit::Usage && out.is_empty() && err.contains(expected), "{arguments:?}: {exit:?} {err}");
+            assert!(!err.contains(TOKEN));
+        }
+    }
+
+    #[test]
+    fn an_environment_that_makes_no_sense_is_a_mistake() {
+        let matches = root().no_binary_name(true).try_get_matches_from(["whoami"]).expect("well formed");
+        let env = BTreeMap::from([("KEYWARD_OUTPUT".to_owned(), "yaml".to_owned())]);
+        assert_eq!(Format::read(leaf(&matches).1, &env).expect_err("no such format").exit(), Exit::Usage);
+    }
+}
