@@ -121,11 +121,11 @@ CREATE TABLE token_usage (
 
 -- Every change of a token takes the next number from here; the row lock makes the order of numbers the order of commits.
 CREATE TABLE change_head (
-    only SMALLINT PRIMARY KEY CHECK (only = 1),
+    id SMALLINT PRIMARY KEY CHECK (id = 1),
     seq BIGINT NOT NULL,
     epoch BIGINT NOT NULL
 );
-INSERT INTO change_head (only, seq, epoch) VALUES (1, 0, 1);
+INSERT INTO change_head (id, seq, epoch) VALUES (1, 0, 1);
 
 -- What the change with that number touched: kind 1, the token with this digest.
 CREATE TABLE change_log (

@@ -53,7 +53,7 @@ impl Store {
     /// `Unavailable`, `Overloaded`.
     pub async fn begin_change(&self) -> Result<Tx<'_>> {
         let mut tx = self.begin().await?;
-        let row = tx.query_one("UPDATE change_head SET seq = seq + 1 WHERE only = 1 RETURNING seq", vec![]).await?;
+        let row = tx.query_one("UPDATE change_head SET seq = seq + 1 WHERE id = 1 RETURNING seq", vec![]).await?;
         let row = row.ok_or_else(|| damaged("change_head"))?;
         tx.seq = Some(row.try_get_by_index(0).map_err(translate)?);
         Ok(tx)

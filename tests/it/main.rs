@@ -1,1 +1,26 @@
-fn main() {}
+//! The integration tests: the production server, on both databases, through its gRPC interface.
+
+#![allow(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::too_many_lines,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    clippy::float_cmp,
+    reason = "a test fails by panicking, waits by the real clock, and reads best in one piece"
+)]
+
+mod contract;
+mod proxy;
+mod self_service;
+mod tidy;
+mod tokens;
+mod validation;
+mod world;

@@ -1,0 +1,272 @@
+//! Who may what: every method of the compiled descriptors, called by every role, in its own workspace and in another one.
+//!
+//! The table is complete by construction: a method that is added to the proto is called here without anybody's doing.
+
+use std::collections::BTreeSet;
+
+use bytes::{Buf as _, BufMut as _, Bytes};
+use keyward::{
+    api::gate::{METHODS, Plane},
+    caller::Access,
+    proto,
+};
+use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, ReflectMessage as _, Value, prost::Message as _};
+use tonic::{
+    Code, Status,
+    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
+};
+use tonic_types::StatusExt as _;
+
+use crate::world::{Actor, World};
+
+crate::on_both_databases!(every_method_is_closed_to_those_it_is_not_for, strangers_learn_nothing_from_their_arguments);
+
+/// Passes bytes as they are.
+#[derive(Default)]
+struct Raw;
+
+impl Codec for Raw {
+    type Encode = Bytes;
+    type Decode = Bytes;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        Self
+    }
+
+    fn decoder(&mut self) -> Self {
+        Self
+    }
+}
+
+impl Encoder for Raw {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, item: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.put(item);
+        Ok(())
+    }
+}
+
+impl Decoder for Raw {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
+        Ok(Some(buffer.copy_to_bytes(buffer.remaining())))
+    }
+}
+
+async fn call(actor: &Actor, path: &str, message: Bytes) -> Result<Bytes, Status> {
+    let mut grpc = tonic::client::Grpc::new(actor.channel.clone());
+    grpc.ready().await.expect("connected");
+    grpc.unary(actor.request(message), path.parse().expect("a path"), Raw).await.map(tonic::Response::into_inner)
+}
+
+/// Every method that our proto files declare: its path and its request.
+fn declared() -> Vec<(String, MessageDescriptor)> {
+    let pool = DescriptorPool::decode(proto::DESCRIPTORS).expect("our own descriptors");
+    let methods = pool.services().flat_map(|service| service.methods().collect::<Vec<_>>());
+    methods.map(|method| (format!("/{}/{}", method.parent_service().full_name(), method.name()), method.input())).collect()
+}
+
+#[test]
+fn every_method_is_in_the_table() {
+    let declared: BTreeSet<String> = declared().into_iter().map(|(path, _)| path).collect();
+    let listed: BTreeSet<String> = METHODS.iter().filter(|method| method.plane != Plane::Public).map(|method| method.path.to_owned()).collect();
+    assert_eq!(declared, listed);
+}
+
+#[test]
+fn every_element_has_a_comment() {
+    let set = prost_types::FileDescriptorSet::decode(proto::DESCRIPTORS).expect("our own descriptors");
+    for file in set.file.iter().filter(|file| file.package() == "keyward.v1") {
+        let commented: BTreeSet<&[i32]> = file
+            .source_code_info
+            .iter()
+            .flat_map(|info| &info.location)
+            .filter(|location| !location.leading_comments().trim().is_empty())
+            .map(|location| location.path.as_slice())
+            .collect();
+        let mut paths: Vec<(Vec<i32>, String)> = Vec::new();
+        for (index, message) in (0..).zip(&file.message_type) {
+            paths.push((vec![4, index], message.name().to_owned()));
+            paths.extend((0..).zip(&message.field).map(|(field, named)| (vec![4, index, 2, field], format!("{}.{}", message.name(), named.name()))));
+        }
+        for (index, service) in (0..).zip(&file.service) {
+            paths.push((vec![6, index], service.name().to_owned()));
+            paths.extend((0..).zip(&service.method).map(|(method, named)| (vec![6, index, 2, method], named.name().to_owned())));
+        }
+        for (index, list) in (0..).zip(&file.enum_type) {
+            paths.push((vec![5, index], list.name().to_owned()));
+            paths.extend((0..).zip(&list.value).map(|(value, named)| (vec![5, index, 2, value], named.name().to_owned())));
+        }
+        for (path, name) in paths {
+            assert!(commented.contains(path.as_slice()), "{name} in {} has no comment", file.name());
+        }
+    }
+}
+
+/// What a call is about: a token, its secret and its workspace.
+struct Subject {
+    id: String,
+    secret: String,
+    workspace: &'static str,
+}
+
+impl Subject {
+    /// A token of its own for each call, since some calls end it.
+    async fn new(world: &World, workspace: &'static str) -> Self {
+        let request = proto::CreateTokenRequest {
+            workspace: workspace.to_owned(),
+            principal: "subject".to_owned(),
+            ..crate::world::new_token("subject", &[])
+        };
+        let created = world.root().await.create(request).await.expect("created");
+        Self { id: created.token.expect("a token").id, secret: created.secret, workspace }
+    }
+
+    /// A good request of this type about this token.
+    fn request(&self, descriptor: MessageDescriptor) -> Bytes {
+        Bytes::from(self.message(descriptor).encode_to_vec())
+    }
+
+    fn message(&self, descriptor: MessageDescriptor) -> DynamicMessage {
+        let mut message = DynamicMessage::new(descriptor.clone());
+        for field in descriptor.fields() {
+            let value = match field.name() {
+                "id" => Value::String(self.id.clone()),
+                "workspace" => Value::String(self.workspace.to_owned()),
+                "principal" => Value::String("subject".to_owned()),
+                "display_name" => Value::String("a name".to_owned()),
+                "reason" => Value::String("a reason".to_owned()),
+                "token" if field.kind().as_message().is_some() => Value::Message(self.message(proto_message("keyward.v1.Token"))),
+                "token" => Value::String(self.secret.clone()),
+                "update_mask" => Value::Message(mask()),
+                "requests" => Value::List(vec![Value::Message(self.message(proto_message("keyward.v1.ValidateTokenRequest")))]),
+                _ => continue,
+            };
+            message.set_field(&field, value);
+        }
+        message
+    }
+}
+
+fn proto_message(name: &str) -> MessageDescriptor {
+    DescriptorPool::decode(proto::DESCRIPTORS).expect("our own descriptors").get_message_by_name(name).expect(name)
+}
+
+fn mask() -> DynamicMessage {
+    let mut mask = DynamicMessage::new(proto_message("google.protobuf.FieldMask"));
+    mask.set_field_by_name("paths", Value::List(vec![Value::String("display_name".to_owned())]));
+    mask
+}
+
+/// The roles: a name, and the scopes of its token; none: no token, or a bad one.
+const ROLES: [(&str, Option<&[&str]>); 9] = [
+    ("stranger", None),
+    ("forger", None),
+    ("bearer", Some(&["agents:list", "*"])),
+    ("member", Some(&["keyward:self"])),
+    ("validator", Some(&["keyward:validate"])),
+    ("validator of all", Some(&["keyward:validate-any"])),
+    ("administrator", Some(&["keyward:admin"])),
+    ("everything but root", Some(&["keyward:admin", "keyward:self", "keyward:validate", "keyward:validate-any", "*"])),
+    ("root", Some(&["keyward:root"])),
+];
+
+fn opens(scopes: &[&str], access: Access) -> bool {
+    let holds = |right: &str| scopes.contains(&"keyward:root") || scopes.contains(&"keyward:admin") || scopes.contains(&right);
+    match access {
+        Access::Public | Access::Known => true,
+        Access::Own => holds("keyward:self"),
+        Access::Admin => holds("keyward:admin"),
+        Access::Validate => holds("keyward:validate") || holds("keyward:validate-any"),
+    }
+}
+
+async fn role(world: &World, name: &str, scopes: Option<&[&str]>) -> Actor {
+    match scopes {
+        Some(scopes) => world.actor("caller", scopes).await,
+        None if name == "stranger" => world.stranger().await,
+        // Well formed, but made with another keyring.
+        None => world.bearer("kw_AJZzEYqjUBsyrYcJGwcYAZEcR5Ql1G0000000000000000").await,
+    }
+}
+
+async fn every_method_is_closed_to_those_it_is_not_for(world: World) {
+    world.db_add_workspace("other", "ot").await;
+    println!("{:<58} {:<20} {:<18} {:<18}", "method", "role", "own workspace", "other workspace");
+    for (path, input) in declared() {
+        let access = METHODS.iter().find(|method| method.path == path).expect("in the table").access;
+        for (name, scopes) in ROLES {
+            let mut cells = Vec::new();
+            for workspace in ["default", "other"] {
+                let subject = Subject::new(&world, workspace).await;
+                let actor = role(&world, name, scopes).await;
+                let before = world.db_number("SELECT COUNT(*) FROM audit_event").await;
+                let outcome = call(&actor, &path, subject.request(input.clone())).await;
+                let expected = expected(&path, access, scopes, workspace);
+                let code = outcome.as_ref().err().map_or(Code::Ok, Status::code);
+                assert_eq!(code, expected, "{path} by {name} in {workspace}: {outcome:?}");
+                if let Err(status) = &outcome {
+                    assert_eq!(status.get_details_error_info().expect("ErrorInfo").domain, "keyward");
+                    let after = world.db_number("SELECT COUNT(*) FROM audit_event").await;
+                    assert_eq!(before, after, "a refused call has no effect");
+                }
+                if let Ok(answer) = &outcome {
+                    check_verdicts(&path, answer, scopes.expect("known"), workspace);
+                }
+                cells.push(format!("{code:?}"));
+            }
+            println!("{path:<58} {name:<20} {:<18} {:<18}", cells[0], cells[1]);
+        }
+    }
+}
+
+fn expected(path: &str, access: Access, scopes: Option<&[&str]>, workspace: &str) -> Code {
+    let Some(scopes) = scopes else { return Code::Unauthenticated };
+    // Methods about the caller and the data plane name no workspace: the latter answers with a verdict.
+    let about_a_workspace = path.contains("TokenService");
+    if !opens(scopes, access) {
+        Code::PermissionDenied
+    } else if about_a_workspace && workspace != "default" && !scopes.contains(&"keyward:root") {
+        Code::NotFound
+    } else {
+        Code::Ok
+    }
+}
+
+/// A validator that may not see a workspace learns nothing of its tokens.
+fn check_verdicts(path: &str, answer: &Bytes, scopes: &[&str], workspace: &str) {
+    let verdict = match path.rsplit('/').next() {
+        Some("ValidateToken") => proto::ValidateTokenResponse::decode(answer.clone()).expect("an answer").verdict(),
+        Some("BatchValidateTokens") => proto::BatchValidateTokensResponse::decode(answer.clone()).expect("answers").responses[0].verdict(),
+        _ => return,
+    };
+    let sees = workspace == "default" || scopes.contains(&"keyward:root") || scopes.contains(&"keyward:validate-any");
+    assert_eq!(verdict, if sees { proto::Verdict::Valid } else { proto::Verdict::Unknown }, "{path} {scopes:?} {workspace}");
+}
+
+/// A request that does not even parse gets a stranger the same answer as a good one.
+async fn strangers_learn_nothing_from_their_arguments(world: World) {
+    let subject = Subject::new(&world, "default").await;
+    let stranger = world.stranger().await;
+    for (path, input) in declared() {
+        let garbage = Bytes::from_static(b"\xff\xff\xff");
+        let mut answers = Vec::new();
+        for message in [subject.request(input), Bytes::new(), garbage, Bytes::from(vec![0; 2 << 20])] {
+            let status = call(&stranger, &path, message).await.expect_err("a stranger");
+            answers.push((status.code(), status.message().to_owned()));
+        }
+        answers.dedup();
+        assert_eq!(answers.len(), 1, "{path}: {answers:?}");
+        assert_eq!(answers[0].0, Code::Unauthenticated);
+    }
+    let root = world.root().await;
+    let status = call(&root, "/keyward.v1.TokenService/GetToken", Bytes::from_static(b"\xff\xff\xff")).await.expect_err("garbage");
+    assert_eq!(status.get_details_error_info().expect("ErrorInfo").reason, "MALFORMED_MESSAGE");
+    assert!(proto_message("keyward.v1.Token").fields().len() > 20, "the descriptors are ours: {:?}", mask().descriptor());
+}

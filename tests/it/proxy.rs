@@ -1,0 +1,127 @@
+//! A TCP proxy that stands between a server and its database, to cut and delay what passes.
+
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicBool, Ordering},
+};
+
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::watch,
+};
+
+/// What the proxy does to what passes.
+#[derive(Default)]
+struct Orders {
+    /// New connections are refused, open ones are cut.
+    cut: AtomicBool,
+    /// The first connection that sends these bytes has its replies held.
+    hold: Mutex<Option<Vec<u8>>>,
+    /// Some connection's replies are held.
+    holding: AtomicBool,
+}
+
+/// The proxy.
+pub struct Proxy {
+    pub port: u16,
+    orders: Arc<Orders>,
+    release: watch::Sender<bool>,
+    kill: watch::Sender<u64>,
+}
+
+impl Proxy {
+    /// Passes everything on to this port of this machine.
+    pub async fn start(target: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        let orders = Arc::new(Orders::default());
+        let (release, released) = watch::channel(false);
+        let (kill, killed) = watch::channel(0);
+        let proxy = Self { port, orders: Arc::clone(&orders), release, kill };
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                if orders.cut.load(Ordering::SeqCst) {
+                    continue;
+                }
+                let (orders, released, mut killed) = (Arc::clone(&orders), released.clone(), killed.clone());
+                tokio::spawn(async move {
+                    let Ok(server) = TcpStream::connect(("127.0.0.1", target)).await else { return };
+                    let generation = *killed.borrow_and_update();
+                    tokio::select! {
+                        () = pass(client, server, orders, released) => {}
+                        _ = killed.wait_for(|now| *now != generation) => {}
+                    }
+                });
+            }
+        });
+        proxy
+    }
+
+    /// Cuts every connection and lets none through any more.
+    pub fn cut(&self) {
+        self.orders.cut.store(true, Ordering::SeqCst);
+        self.kill.send_modify(|generation| *generation += 1);
+    }
+
+    /// Lets connections through again.
+    pub fn heal(&self) {
+        self.orders.cut.store(false, Ordering::SeqCst);
+    }
+
+    /// Holds the replies of the first connection that sends these bytes, until [`Proxy::release`].
+    pub fn hold_after(&self, bytes: Vec<u8>) {
+        self.release.send_replace(false);
+        *self.orders.hold.lock().expect("not poisoned") = Some(bytes);
+    }
+
+    pub fn is_holding(&self) -> bool {
+        self.orders.holding.load(Ordering::SeqCst)
+    }
+
+    pub fn release(&self) {
+        self.release.send_replace(true);
+    }
+}
+
+async fn pass(client: TcpStream, server: TcpStream, orders: Arc<Orders>, released: watch::Receiver<bool>) {
+    let (client_read, client_write) = client.into_split();
+    let (server_read, server_write) = server.into_split();
+    let held = Arc::new(AtomicBool::new(false));
+    tokio::select! {
+        () = requests(client_read, server_write, orders, Arc::clone(&held)) => {}
+        () = replies(server_read, client_write, held, released) => {}
+    }
+}
+
+async fn requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, orders: Arc<Orders>, held: Arc<AtomicBool>) {
+    let mut buffer = vec![0; 65_536];
+    while let Ok(count @ 1..) = from.read(&mut buffer).await {
+        {
+            let mut hold = orders.hold.lock().expect("not poisoned");
+            if hold.as_ref().is_some_and(|bytes| buffer[..count].windows(bytes.len()).any(|window| window == bytes)) {
+                *hold = None;
+                held.store(true, Ordering::SeqCst);
+                orders.holding.store(true, Ordering::SeqCst);
+            }
+        }
+        if to.write_all(&buffer[..count]).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn replies(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, held: Arc<AtomicBool>, mut released: watch::Receiver<bool>) {
+    let mut buffer = vec![0; 65_536];
+    while let Ok(count @ 1..) = from.read(&mut buffer).await {
+        if held.load(Ordering::SeqCst) && released.wait_for(|released| *released).await.is_err() {
+            return;
+        }
+        if to.write_all(&buffer[..count]).await.is_err() {
+            return;
+        }
+    }
+}
