@@ -7,6 +7,7 @@
 set -euo pipefail
 
 PATH="${KEYWARD_TEST_TOOLS:-/nowhere}/bin:$PATH"
+address=${KEYWARD_ADDRESS#http://}
 output=
 
 fail() {
@@ -19,7 +20,7 @@ fail() {
 request() { # METHOD JSON [TOKEN]
   local header=()
   [ -z "${3:-}" ] || header=(-expand-headers -H 'authorization: Bearer ${BEARER}')
-  output=$(BEARER=${3:-} grpcurl -plaintext "${header[@]}" -d @ "$KEYWARD_ADDRESS" "$1" <<<"$2" 2>&1)
+  output=$(BEARER=${3:-} grpcurl -plaintext "${header[@]}" -d @ "$address" "$1" <<<"$2" 2>&1)
 }
 
 call() { # METHOD JSON
@@ -32,7 +33,7 @@ call_fails() { # CODE METHOD JSON [TOKEN]
 }
 
 ask() { # WHAT…: list or describe
-  output=$(grpcurl -plaintext "$KEYWARD_ADDRESS" "$@" 2>&1) || fail "grpcurl $* failed"
+  output=$(grpcurl -plaintext "$address" "$@" 2>&1) || fail "grpcurl $* failed"
 }
 
 has() { # TEXT…: the output has each of them

@@ -20,9 +20,11 @@ const definition = protoLoader.loadSync(
 );
 const { v1 } = grpc.loadPackageDefinition(definition).keyward;
 
+const address = process.env.KEYWARD_ADDRESS.replace('http://', '');
+
 // A client with methods that return promises. Over TLS, grpc.credentials.createFromMetadataGenerator presents the token.
 function connect(Service, token) {
-  const client = new Service(process.env.KEYWARD_ADDRESS, grpc.credentials.createInsecure());
+  const client = new Service(address, grpc.credentials.createInsecure());
   const metadata = new grpc.Metadata();
   if (token) metadata.set('authorization', `Bearer ${token}`);
   return new Proxy(client, {
@@ -49,7 +51,7 @@ function errorDetails(error) {
   const details = {};
   for (const bytes of error.metadata.get('grpc-status-details-bin')) {
     for (const packed of rpc.lookupType('google.rpc.Status').decode(bytes).details) {
-      const name = packed.type_url.split('/').pop();
+      const name = packed.typeUrl.split('/').pop();
       const type = name.startsWith('google.rpc.') && rpc.lookup(name);
       if (type) details[type.name] = type.toObject(type.decode(packed.value), { arrays: true });
     }

@@ -475,7 +475,7 @@ STORY = (
 
 
 def main():
-    with grpc.insecure_channel(os.environ["KEYWARD_ADDRESS"]) as channel:
+    with grpc.insecure_channel(os.environ["KEYWARD_ADDRESS"].removeprefix("http://")) as channel:
         root = Keyward(channel, os.environ["KEYWARD_TOKEN"])
         for chapter in STORY:
             try:
