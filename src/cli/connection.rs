@@ -90,7 +90,7 @@ impl Connection {
         let channel = tokio::time::timeout(timeout, endpoint.connect())
             .await
             .map_err(|_| late())?
-            .map_err(|error| Failure::unreachable(format!("{} cannot be reached: {}", shown(&uri), root(&error))))?;
+            .map_err(|error| unreachable(&uri, &root(&error)))?;
         Ok(Self { channel, authorization: None, timeout })
     }
 
@@ -106,6 +106,15 @@ impl Connection {
             request.metadata_mut().insert("authorization", authorization.clone());
         }
         request
+    }
+}
+
+fn unreachable(uri: &Uri, cause: &str) -> Failure {
+    let failure = Failure::unreachable(format!("{} cannot be reached: {cause}", shown(uri)));
+    if cause.contains("refused") {
+        failure.hint_if_unanswered(|| "is a server running there? --address or KEYWARD_ADDRESS names another".to_owned())
+    } else {
+        failure.hint_scheme()
     }
 }
 

@@ -88,6 +88,17 @@ impl Failure {
         self
     }
 
+    /// Adds what is wrong most often when two sides do not understand each other's first bytes: one speaks TLS and the other does not.
+    #[must_use]
+    pub(super) fn hint_scheme(self) -> Self {
+        let (frame, record) = (self.0.message.contains(NO_FRAME), self.0.message.contains(NO_TLS_RECORD));
+        match (frame, record) {
+            (true, _) => self.hint_if_unanswered(|| "if that server uses TLS, the address must start with https://".to_owned()),
+            (_, true) => self.hint_if_unanswered(|| "that server does not use TLS: the address must start with http://".to_owned()),
+            (false, false) => self,
+        }
+    }
+
     pub(super) fn exit(&self) -> Exit {
         self.0.exit
     }
@@ -161,11 +172,8 @@ impl From<Status> for Failure {
     fn from(status: Status) -> Self {
         // Nothing that came over the wire has a source: the call broke on the way.
         if let Some(source) = status.source() {
-            return if source.to_string() == TIMED_OUT {
-                late()
-            } else {
-                Self::unreachable(format!("the connection broke: {}", root(source)))
-            };
+            let cause = root(source);
+            return if cause == TIMED_OUT { late() } else { Self::unreachable(format!("the connection broke: {cause}")).hint_scheme() };
         }
         let (exit, code) = meaning(status.code());
         let message = if status.message().is_empty() { status.code().description() } else { status.message() };
@@ -197,6 +205,11 @@ impl From<crate::error::Error> for Failure {
 
 /// What tonic says when the deadline of a call passes on our side.
 const TIMED_OUT: &str = "Timeout expired";
+
+/// What h2 says when the answer is not HTTP/2.
+const NO_FRAME: &str = "frame with invalid size";
+/// What rustls says when the answer is not TLS.
+const NO_TLS_RECORD: &str = "InvalidContentType";
 
 /// Nobody answered in time.
 pub(super) fn late() -> Failure {
@@ -241,6 +254,22 @@ mod tests {
     use tonic_types::ErrorDetails;
 
     use super::*;
+
+    /// An error around another, as those of tonic's transport are.
+    #[derive(Debug)]
+    struct Transport(tonic::TimeoutExpired);
+
+    impl std::fmt::Display for Transport {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("transport error")
+        }
+    }
+
+    impl Error for Transport {
+        fn source(&self) -> Option<&(dyn Error + 'static)> {
+            Some(&self.0)
+        }
+    }
 
     fn printed(failure: &Failure, format: Format) -> String {
         let mut err = Vec::new();
@@ -305,8 +334,10 @@ mod tests {
         let failure = Failure::from(Status::from_error(Box::new(io::Error::other("reset by peer"))));
         assert_eq!(failure.exit(), Exit::Unreachable);
         assert_eq!(printed(&failure, Format::Table), "keyward: the connection broke: reset by peer\n");
-        let failure = Failure::from(Status::from_error(Box::new(io::Error::other(tonic::TimeoutExpired(())))));
+        let failure = Failure::from(Status::from_error(Box::new(Transport(tonic::TimeoutExpired(())))));
         assert!(printed(&failure, Format::Json).contains("DEADLINE_EXCEEDED"));
+        let failure = Failure::from(Status::from_error(Box::new(io::Error::other(NO_FRAME))));
+        assert!(printed(&failure, Format::Table).ends_with("\n  if that server uses TLS, the address must start with https://\n"));
     }
 
     #[test]
