@@ -97,8 +97,6 @@ fn completions_command() -> Command {
 
 /// Runs the command that the arguments name; the first is the program's own name.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    // Already installed is as good.
-    let _ = rustls::crypto::ring::default_provider().install_default();
     match root().try_get_matches_from(arguments) {
         Ok(matches) => dispatch(&matches),
         Err(error) => explain(&error),
