@@ -29,10 +29,6 @@ use crate::{
     validator::Validator,
 };
 
-/// A batch of 1,000 questions.
-const DATA_PLANE_BYTES_MAX: usize = 1024 * 1024;
-const CONTROL_PLANE_BYTES_MAX: usize = 64 * 1024;
-
 /// The services whose health is told one by one.
 pub const SERVICES: [&str; 3] = ["keyward.v1.SelfService", "keyward.v1.TokenService", "keyward.v1.ValidationService"];
 
@@ -71,18 +67,17 @@ impl Api {
             tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(DESCRIPTORS)
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                // With these, grpcurl shows the details of errors.
+                .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
         };
-        let data = ValidationServiceServer::new(self.clone()).max_decoding_message_size(DATA_PLANE_BYTES_MAX);
-        let control = TokenServiceServer::new(self.clone()).max_decoding_message_size(CONTROL_PLANE_BYTES_MAX);
-        let own = SelfServiceServer::new(self).max_decoding_message_size(CONTROL_PLANE_BYTES_MAX);
         let mut routes = Routes::builder();
         routes
-            .add_service(data)
-            .add_service(control)
-            .add_service(own)
-            .add_service(HealthServer::new(health).max_decoding_message_size(CONTROL_PLANE_BYTES_MAX))
-            .add_service(reflection().build_v1()?)
-            .add_service(reflection().build_v1alpha()?);
+            .add_service(ValidationServiceServer::new(self.clone()))
+            .add_service(TokenServiceServer::new(self.clone()))
+            .add_service(SelfServiceServer::new(self))
+            .add_service(HealthServer::new(health).max_decoding_message_size(gate::PUBLIC_BYTES_MAX))
+            .add_service(reflection().build_v1()?.max_decoding_message_size(gate::PUBLIC_BYTES_MAX))
+            .add_service(reflection().build_v1alpha()?.max_decoding_message_size(gate::PUBLIC_BYTES_MAX));
         Ok(routes.routes().prepare())
     }
 }

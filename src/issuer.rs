@@ -30,6 +30,9 @@ use crate::{
 const REPLAY_LIFETIME: Duration = Duration::from_mins(10);
 const PAGE_SIZE_DEFAULT: u64 = 50;
 const PAGE_SIZE_MAX: u64 = 1_000;
+const PAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
+/// What a token takes on a page beside its settings, at most.
+const PAGE_TOKEN_BYTES: usize = 1_024;
 /// How long the log of changes is kept.
 const LOG_LIFETIME: Duration = Duration::from_hours(1);
 
@@ -126,6 +129,15 @@ pub struct Target {
     pub id: String,
     /// Empty: whatever it is.
     pub etag: String,
+}
+
+/// How long the old secret lives on beside a new one.
+#[derive(Clone, Debug, Default)]
+pub struct Grace {
+    /// Zero: not at all.
+    pub grace: Duration,
+    /// As in [`NewToken`].
+    pub violations: Violations,
 }
 
 /// A token with its new secret.
@@ -259,13 +271,16 @@ impl Issuer {
         let order = violations.take("order_by", order(&request.order_by));
         let limit = violations.take("page_size", page_size(request.page_size));
         let query = some(request.query).and_then(|query| violations.take("query", rules::query(&query)));
+        let principal = some(request.principal).and_then(|id| violations.take("principal", rules::principal(&id)));
+        let created_by = some(request.created_by).and_then(|id| violations.take("created_by", rules::principal(&id)));
+        let audience = some(request.audience).and_then(|name| violations.take("audience", rules::audience(&name)));
         let filter = Filter {
             workspace,
             kind: if request.temporary { Kind::Temporary } else { Kind::Permanent },
-            principal: some(request.principal),
-            audience: some(request.audience),
+            principal,
+            audience,
             states: request.states,
-            created_by: some(request.created_by),
+            created_by,
             expires_before: request.expires_before,
             last_used_before: request.last_used_before,
             query,
@@ -276,9 +291,14 @@ impl Issuer {
         let (Some(order), Some(limit)) = (order, limit) else {
             return Err(Error::Internal("a violation was lost".into()));
         };
+        if *filter.workspace != *caller.workspace && !self.store.has_workspace(&filter.workspace).await? {
+            return Err(Error::NotFound("workspace"));
+        }
         let mut tokens = self.store.tokens(&filter, order, after.as_ref(), limit + 1, now).await?;
-        let more = tokens.len() > usize::try_from(limit).unwrap_or(usize::MAX);
+        let found = tokens.len();
         tokens.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+        cut_to_page(&mut tokens);
+        let more = tokens.len() < found;
         let next = tokens.last().filter(|_| more).map(|last| self.seal_page(&purpose, &Cursor::after(last, order))).transpose()?;
         Ok((tokens, next))
     }
@@ -288,9 +308,10 @@ impl Issuer {
     /// # Errors
     /// `Invalid`, `Denied`, `NotFound`, `Conflict`, `Precondition`, `Unavailable`, `Overloaded`.
     pub async fn update(self: &Arc<Self>, caller: Caller, target: Target, patch: TokenPatch, now: Time) -> Result<Token> {
+        let patch = rules::Patch::check(patch, &target.id)?;
         let change = move |token: &mut Token, caller: &Caller| {
             require_live(token, now)?;
-            apply(token, patch, now)?;
+            patch.apply(token, now)?;
             caller.outranks(&token.scopes)
         };
         self.change("UpdateToken", caller, target, String::new(), change, now).await
@@ -329,7 +350,10 @@ impl Issuer {
     /// # Errors
     /// As [`Issuer::update`].
     pub async fn revoke(self: &Arc<Self>, caller: Caller, target: Target, reason: &str, now: Time) -> Result<Token> {
-        let reason = rules::reason(reason).map_err(|rule| Error::invalid("reason", rule))?;
+        let mut violations = Violations::default();
+        violations.take("id", rules::id(&target.id));
+        let reason = violations.take("reason", rules::reason(reason)).unwrap_or_default();
+        violations.finish()?;
         let change = {
             let reason = reason.clone();
             move |token: &mut Token, _: &Caller| {
@@ -366,7 +390,7 @@ impl Issuer {
         self: &Arc<Self>,
         caller: Caller,
         target: Target,
-        grace: Duration,
+        grace: Grace,
         request: RequestId,
         now: Time,
     ) -> Result<Regenerated> {
@@ -378,7 +402,7 @@ impl Issuer {
     ///
     /// # Errors
     /// `Precondition` if the caller came with a certificate; `Invalid`, `Unavailable`, `Overloaded`.
-    pub async fn regenerate_self(self: &Arc<Self>, caller: Caller, grace: Duration, request: RequestId, now: Time) -> Result<Regenerated> {
+    pub async fn regenerate_self(self: &Arc<Self>, caller: Caller, grace: Grace, request: RequestId, now: Time) -> Result<Regenerated> {
         let target = Target { id: presented_id(&caller)?.to_string(), etag: String::new() };
         let issuer = Arc::clone(self);
         detached(async move { issuer.regenerate_now("RegenerateSelf", &caller, &target, grace, &request, true, now).await }).await
@@ -390,13 +414,12 @@ impl Issuer {
         method: &'static str,
         caller: &Caller,
         target: &Target,
-        grace: Duration,
+        Grace { grace, mut violations }: Grace,
         request: &RequestId,
         own: bool,
         now: Time,
     ) -> Result<Regenerated> {
-        let mut violations = Violations::default();
-        let id = violations.take("id", parse_id_text(&target.id));
+        let id = violations.take("id", rules::id(&target.id));
         violations.take("grace", rules::grace_time(grace, Time::NEVER, now));
         if !request.id.is_empty() {
             violations.take("request_id", rules::request_id(&request.id));
@@ -526,7 +549,7 @@ impl Issuer {
         change: impl FnOnce(&mut Token, &Caller) -> Result<()> + Send,
         now: Time,
     ) -> Result<Token> {
-        let id = parse_id(if method == "UpdateToken" { "token.id" } else { "id" }, &target.id)?;
+        let id = parse_id("id", &target.id)?;
         let mut tx = self.store.begin_change().await?;
         let (before, digests) = self.find(&tx, caller, id, own).await?;
         check_etag(&before, target)?;
@@ -701,32 +724,6 @@ fn draft(caller: &Caller, new: NewToken, request: &RequestId, now: Time) -> Resu
     })
 }
 
-/// Takes over what the patch names.
-fn apply(token: &mut Token, patch: TokenPatch, now: Time) -> Result<()> {
-    let mut violations = patch.violations;
-    if let Some(name) = patch.display_name {
-        token.display_name = violations.take("token.display_name", rules::display_name(&name)).unwrap_or_default();
-    }
-    if let Some(scopes) = patch.scopes {
-        token.scopes = rules::scopes("token.scopes", &scopes, &mut violations);
-    }
-    if let Some(audiences) = patch.audiences {
-        token.audiences = rules::audiences("token.audiences", &audiences, &mut violations);
-    }
-    if let Some(cidrs) = patch.allowed_cidrs {
-        token.allowed_cidrs = rules::allowed_cidrs("token.allowed_cidrs", &cidrs, &mut violations);
-    }
-    if let Some(metadata) = patch.metadata {
-        rules::metadata("token.metadata", &metadata, &mut violations);
-        token.metadata = metadata;
-    }
-    if let Some(end) = patch.expire_time {
-        let end = rules::moved_expire_time(end, token.kind, token.create_time, now);
-        token.expire_time = violations.take("token.expire_time", end).unwrap_or(now);
-    }
-    violations.finish()
-}
-
 /// Revokes, once: the first reason and time stand.
 fn end(token: &mut Token, reason: &str, now: Time) {
     if token.state != State::Revoked {
@@ -748,12 +745,8 @@ fn check_etag(token: &Token, target: &Target) -> Result<()> {
     if target.etag.is_empty() || target.etag == etag(token) { Ok(()) } else { Err(Error::Conflict) }
 }
 
-fn parse_id_text(text: &str) -> std::result::Result<TokenId, &'static str> {
-    TokenId::parse(text).ok_or("must be the id of a token: tok_ and 22 characters")
-}
-
 fn parse_id(field: &str, text: &str) -> Result<TokenId> {
-    parse_id_text(text).map_err(|rule| Error::invalid(field, rule))
+    rules::id(text).map_err(|rule| Error::invalid(field, rule))
 }
 
 fn presented_id(caller: &Caller) -> Result<TokenId> {
@@ -799,6 +792,17 @@ fn event<'a>(
         before: before.map(settings),
         after: after.map(settings),
     }
+}
+
+/// Keeps a page below what clients take by default, 4 MiB: one token may hold 60 KiB of settings.
+fn cut_to_page(tokens: &mut Vec<Token>) {
+    let mut bytes = 0;
+    let fits = |token: &Token| {
+        bytes += PAGE_TOKEN_BYTES + settings(token).to_string().len();
+        bytes <= PAGE_BYTES_MAX
+    };
+    let count = tokens.iter().map(fits).take_while(|fits| *fits).count();
+    tokens.truncate(count.max(1));
 }
 
 fn some(text: String) -> Option<String> {

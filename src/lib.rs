@@ -1,6 +1,7 @@
 //! Keyward: a gRPC authentication service for API tokens. `ARCHITECTURE.md` shows the rooms and who may name whom.
 
 pub mod ambient;
+pub mod api;
 pub mod cache;
 pub mod caller;
 pub mod cli;
@@ -10,10 +11,9 @@ pub mod grant;
 pub mod issuer;
 pub mod proto;
 pub mod scope;
+pub mod server;
 pub mod store;
+pub mod telemetry;
 pub mod token;
 pub mod usage;
 pub mod validator;
-pub mod api;
-pub mod telemetry;
-pub mod server;

@@ -265,7 +265,9 @@ async fn set_health(health: &HealthReporter, status: ServingStatus) {
 
 async fn listen(setting: &str, address: SocketAddr) -> Result<TcpListener, String> {
     let listener = TcpListener::bind(address).await;
-    listener.map_err(|error| format!("{setting} {address} cannot be listened on: {error}; name another address with --{}", setting.replace('_', "-")))
+    listener.map_err(|error| {
+        format!("{setting} {address} cannot be listened on: {error}; name another address with --{}", setting.replace('_', "-"))
+    })
 }
 
 fn local_address(listener: &TcpListener) -> Result<SocketAddr, String> {
@@ -346,7 +348,8 @@ async fn serve_metrics(listener: TcpListener, rooms: Rooms) {
         let rooms = rooms.clone();
         tokio::spawn(async move {
             let _permit = permit;
-            let service = service_fn(move |request: Request<Incoming>| std::future::ready(Ok::<_, Infallible>(metrics_answer(&request, &rooms))));
+            let service =
+                service_fn(move |request: Request<Incoming>| std::future::ready(Ok::<_, Infallible>(metrics_answer(&request, &rooms))));
             let mut builder = http1::Builder::new();
             builder.timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(5)).keep_alive(false);
             // A reader that goes away is no concern of ours.

@@ -300,6 +300,15 @@ impl Store {
         Ok(())
     }
 
+    /// Whether there is such a workspace.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Overloaded`.
+    pub async fn has_workspace(&self, id: &str) -> Result<bool> {
+        let statement = Statement::from_sql_and_values(self.backend(), "SELECT 1 FROM workspace WHERE id = $1", [id.into()]);
+        Ok(self.reading("workspace", self.reader.query_one_raw(statement)).await?.is_some())
+    }
+
     /// Whether this store has ever had a keyring.
     ///
     /// # Errors

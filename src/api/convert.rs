@@ -8,7 +8,7 @@ use crate::{
     ambient::Time,
     error::Violations,
     grant::{Kind, ShownState, Token, Verdict},
-    issuer,
+    issuer::{self, Grace},
     proto,
     scope::Scope,
 };
@@ -41,9 +41,11 @@ pub(super) fn span(duration: &WireDuration) -> Result<Duration, &'static str> {
     Duration::try_from(*duration).map_err(|_| "must be a valid Duration that is not negative")
 }
 
-/// An optional span: none is zero.
-pub(super) fn optional_span(field: &str, duration: Option<&WireDuration>, violations: &mut Violations) -> Duration {
-    duration.and_then(|duration| violations.take(field, span(duration))).unwrap_or_default()
+/// How long an old secret lives on; not said is not at all.
+pub(super) fn grace(duration: Option<&WireDuration>) -> Grace {
+    let mut violations = Violations::default();
+    let grace = duration.and_then(|duration| violations.take("grace", span(duration))).unwrap_or_default();
+    Grace { grace, violations }
 }
 
 /// An optional instant.
@@ -71,7 +73,8 @@ pub(super) fn states(field: &str, states: &[i32], violations: &mut Violations) -
         Ok(proto::TokenState::Expired) => Some(ShownState::Expired),
         Ok(proto::TokenState::Revoked) => Some(ShownState::Revoked),
         Ok(proto::TokenState::Unspecified) | Err(_) => {
-            violations.add(format!("{field}[{index}]"), "must be a TokenState other than TOKEN_STATE_UNSPECIFIED; leave the list empty for all");
+            violations
+                .add(format!("{field}[{index}]"), "must be a TokenState other than TOKEN_STATE_UNSPECIFIED; leave the list empty for all");
             None
         }
     };

@@ -10,6 +10,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{HeaderMap, Request, Response, header::AUTHORIZATION};
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use tokio::{sync::Semaphore, time::timeout};
 use tonic::{Status, body::Body, service::Routes};
 use tower_service::Service as _;
@@ -47,16 +48,26 @@ pub struct Method {
     pub access: Access,
     /// Its limits.
     pub plane: Plane,
+    /// The largest request, in bytes on the wire. Public methods may be streams: theirs holds for each message and is kept by their service.
+    pub request_bytes_max: usize,
 }
 
+/// The largest message of a public method.
+pub const PUBLIC_BYTES_MAX: usize = 64 * KIB;
+const KIB: usize = 1_024;
+
 const fn method(path: &'static str, access: Access, plane: Plane) -> Method {
-    Method { path, access, plane }
+    let request_bytes_max = match plane {
+        Plane::Data => 16 * KIB,
+        Plane::Control | Plane::Public => 64 * KIB,
+    };
+    Method { path, access, plane, request_bytes_max }
 }
 
 /// Every method there is: who may what.
 pub const METHODS: [Method; 20] = [
     method("/keyward.v1.ValidationService/ValidateToken", Access::Validate, Plane::Data),
-    method("/keyward.v1.ValidationService/BatchValidateTokens", Access::Validate, Plane::Data),
+    Method { request_bytes_max: 1_024 * KIB, ..method("/keyward.v1.ValidationService/BatchValidateTokens", Access::Validate, Plane::Data) },
     method("/keyward.v1.TokenService/CreateToken", Access::Admin, Plane::Control),
     method("/keyward.v1.TokenService/GetToken", Access::Admin, Plane::Control),
     method("/keyward.v1.TokenService/ListTokens", Access::Admin, Plane::Control),
@@ -188,7 +199,7 @@ impl Gate {
             match self.admit(method, request, peer).await {
                 Ok((request, caller)) => {
                     *who = Some(caller);
-                    self.route(request).await
+                    self.route(limited(request, method.request_bytes_max)).await
                 }
                 Err(error) => Status::from(error).into_http(),
             }
@@ -201,9 +212,11 @@ impl Gate {
         let now = self.clock.now();
         let caller = match bearer(request.headers())? {
             Some(text) => self.api.validator.identify(text, Some(peer.address.ip()), now).await?,
-            None => peer.certificate.as_deref().cloned().ok_or(Error::Unauthenticated(
-                "this method needs credentials: send the metadata `authorization: Bearer <token>`",
-            ))?,
+            None => peer
+                .certificate
+                .as_deref()
+                .cloned()
+                .ok_or(Error::Unauthenticated("this method needs credentials: send the metadata `authorization: Bearer <token>`"))?,
         };
         caller.authorize(method.access)?;
         request.headers_mut().remove(AUTHORIZATION);
@@ -221,6 +234,23 @@ impl Gate {
             Err(never) => match never {},
         }
     }
+}
+
+/// Lets through as many bytes of a request as its method takes.
+fn limited<B>(request: Request<B>, bytes_max: usize) -> Request<Body>
+where
+    B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    /// The prefix of a message: one byte of flags, four of length.
+    const FRAME_HEADER_BYTES: usize = 5;
+    request.map(|body| {
+        let body = Limited::new(body, bytes_max + FRAME_HEADER_BYTES);
+        Body::new(body.map_err(move |error| match error.downcast::<LengthLimitError>() {
+            Ok(_) => status::message_too_large(bytes_max),
+            Err(error) => Status::from_error(error),
+        }))
+    })
 }
 
 /// The token that the caller presents (RFC 6750, section 2.1); nothing if they present none.

@@ -51,9 +51,7 @@ impl SelfService for Api {
     async fn regenerate_self(&self, request: Request<proto::RegenerateSelfRequest>) -> Answer<proto::RegenerateSelfResponse> {
         let (Call { caller, now }, message) = call(request)?;
         let request = RequestId { id: message.request_id.clone(), request: prost::Message::encode_to_vec(&message) };
-        let mut violations = Violations::default();
-        let grace = convert::optional_span("grace", message.grace.as_ref(), &mut violations);
-        violations.finish()?;
+        let grace = convert::grace(message.grace.as_ref());
         let done = self.issuer.regenerate_self(caller, grace, request, now).await?;
         Ok(Response::new(proto::RegenerateSelfResponse {
             token: Some(convert::token(done.token, now)),

@@ -74,9 +74,11 @@ pub(super) fn complete(status: &Status) -> Option<Status> {
     Some(match status.code() {
         // tonic's decoder: https://docs.rs/tonic/0.14/tonic/struct.Streaming.html
         Code::OutOfRange => plain(Code::ResourceExhausted, "MESSAGE_TOO_LARGE", message),
-        Code::Internal if message.contains("decode Protobuf") => {
-            plain(Code::InvalidArgument, "MALFORMED_MESSAGE", "the message is not the one that this method takes; is the proto file up to date?")
-        }
+        Code::Internal if message.contains("decode Protobuf") => plain(
+            Code::InvalidArgument,
+            "MALFORMED_MESSAGE",
+            "the message is not the one that this method takes; is the proto file up to date?",
+        ),
         Code::Unimplemented if message.is_empty() => plain(Code::Unimplemented, "UNKNOWN_METHOD", "there is no such method"),
         Code::Unimplemented => plain(Code::Unimplemented, "UNSUPPORTED", message),
         code => plain(code, "PROTOCOL_ERROR", message),

@@ -71,9 +71,7 @@ impl TokenService for Api {
     async fn regenerate_token(&self, request: Request<proto::RegenerateTokenRequest>) -> Answer<proto::RegenerateTokenResponse> {
         let (Call { caller, now }, message) = call(request)?;
         let request = RequestId { id: message.request_id.clone(), request: prost::Message::encode_to_vec(&message) };
-        let mut violations = Violations::default();
-        let grace = convert::optional_span("grace", message.grace.as_ref(), &mut violations);
-        violations.finish()?;
+        let grace = convert::grace(message.grace.as_ref());
         let target = Target { id: message.id, etag: message.etag };
         let done = self.issuer.regenerate(caller, target, grace, request, now).await?;
         Ok(Response::new(proto::RegenerateTokenResponse {

@@ -2,7 +2,7 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "the command line speaks to people")]
 
-use std::{net::SocketAddr, path::Path, process::ExitCode};
+use std::{io::IsTerminal as _, net::SocketAddr, path::Path, process::ExitCode};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -40,7 +40,8 @@ pub(super) fn rotate_keyring(config: Config) -> ExitCode {
     let path = &config.keyring_file;
     let rotate = || {
         let keyring = Keyring::load(path)?;
-        let mut keyring = keyring.ok_or_else(|| format!("there is no keyring {}: `keyward serve` makes one on its first start", path.display()))?;
+        let mut keyring =
+            keyring.ok_or_else(|| format!("there is no keyring {}: `keyward serve` makes one on its first start", path.display()))?;
         let kid = keyring.rotate()?;
         keyring.save(path)?;
         Ok(kid)
@@ -66,10 +67,11 @@ fn outcome(result: Result<(), String>) -> ExitCode {
 
 async fn run(config: &Config) -> Result<(), String> {
     let on = |kind| signal(kind).map_err(|error| error.to_string());
-    let (mut terminate, mut interrupt, mut hangup) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?, on(SignalKind::hangup())?);
+    let (mut terminate, mut interrupt, mut hangup) =
+        (on(SignalKind::terminate())?, on(SignalKind::interrupt())?, on(SignalKind::hangup())?);
     let mut server = Server::start(config, Clock::system()).await?;
     if let Some(secret) = server.take_root_token() {
-        welcome(&secret, server.address(), config.tls.is_some());
+        welcome(&secret, server.address(), config);
     }
     let lost = wait(&server, &mut terminate, &mut interrupt, &mut hangup).await;
     tokio::select! {
@@ -94,9 +96,9 @@ async fn wait(server: &Server, terminate: &mut Signal, interrupt: &mut Signal, h
     }
 }
 
-/// Shows the root token, this once, and what one would type next.
-fn welcome(secret: &Secret, address: SocketAddr, tls: bool) {
-    let scheme = if tls { "https" } else { "http" };
+/// Shows the root token, this once, and what one would type next. Where a file has it and nobody sits at a terminal, it is not written to a log.
+fn welcome(secret: &Secret, address: SocketAddr, config: &Config) {
+    let scheme = if config.tls.is_some() { "https" } else { "http" };
     let host = match address {
         SocketAddr::V4(v4) if v4.ip().is_unspecified() => format!("127.0.0.1:{}", v4.port()),
         SocketAddr::V6(v6) if v6.ip().is_unspecified() => format!("[::1]:{}", v6.port()),
@@ -104,11 +106,19 @@ fn welcome(secret: &Secret, address: SocketAddr, tls: bool) {
     };
     let program = std::env::current_exe().ok();
     let program = program.as_deref().and_then(Path::to_str).filter(|path| !path.contains(['\'', ' '])).unwrap_or("keyward");
+    let token = match &config.root_token_file {
+        Some(path) if !std::io::stdout().is_terminal() => {
+            println!("\nThis is the first start. The root token, which may do everything, is in {}.\n", path.display());
+            format!("\"$(cat {})\"", path.display())
+        }
+        _ => {
+            println!("\nThis is the first start. The root token may do everything, and is shown this once:\n\n    {}\n", secret.reveal());
+            secret.reveal().to_owned()
+        }
+    };
     println!(
-        "\nThis is the first start. The root token may do everything, and is shown this once:\n\n    {root}\n\n\
-         Create a first token and validate it, in another terminal:\n\n\
-         export KEYWARD_ADDRESS={scheme}://{host} KEYWARD_TOKEN={root}\n\
-         {program} token create --name 'My first token' | {program} validate -\n",
-        root = secret.reveal()
+        "Create a first token and validate it, in another terminal:\n\n\
+         export KEYWARD_ADDRESS={scheme}://{host} KEYWARD_TOKEN={token}\n\
+         {program} token create --name 'My first token' | {program} validate -\n"
     );
 }

@@ -4,7 +4,14 @@ use std::{collections::BTreeMap, time::Duration};
 
 use ipnet::IpNet;
 
-use crate::{ambient::Time, error::Violations, grant::Kind, scope::Scope};
+use super::TokenPatch;
+use crate::{
+    ambient::Time,
+    error::{Error, Result as Outcome, Violations},
+    grant::{Kind, Token},
+    scope::Scope,
+    token::TokenId,
+};
 
 const NAME_CHARS_MAX: usize = 100;
 const REASON_CHARS_MAX: usize = 200;
@@ -67,10 +74,15 @@ fn line(text: &str, chars_max: usize) -> Result<&str, String> {
     }
 }
 
-/// Characters that make a name look like another: controls, line separators, bidirectional marks (Unicode TR 9 and 36).
+/// Characters that make a name look like another: controls, line separators, bidirectional marks, tags (Unicode TR 9 and 36). The joiners
+/// U+200C and U+200D are not among them: Persian and emoji are written with them.
 fn is_invisible(character: char) -> bool {
     character.is_control()
-        || matches!(character, '\u{061c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+        || matches!(
+            character,
+            '\u{ad}' | '\u{061c}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}'
+                | '\u{e0000}'..='\u{e007f}'
+        )
 }
 
 /// The id of a principal.
@@ -207,6 +219,57 @@ pub(super) fn grace_time(grace: Duration, expire_time: Time, now: Time) -> Resul
     Ok((!grace.is_zero()).then(|| (now + grace).min(expire_time)))
 }
 
+/// A patch whose fields follow the rules, but for those that need the token to say.
+pub(super) struct Patch {
+    display_name: Option<String>,
+    scopes: Option<Vec<Scope>>,
+    audiences: Option<Vec<String>>,
+    allowed_cidrs: Option<Vec<IpNet>>,
+    metadata: Option<BTreeMap<String, String>>,
+    expire_time: Option<Time>,
+}
+
+impl Patch {
+    /// Checks everything that can be checked without the token.
+    pub(super) fn check(patch: TokenPatch, id: &str) -> Outcome<Self> {
+        let mut violations = patch.violations;
+        violations.take("token.id", self::id(id));
+        let display_name = patch.display_name.and_then(|name| violations.take("token.display_name", display_name(&name)));
+        if let Some(metadata) = &patch.metadata {
+            self::metadata("token.metadata", metadata, &mut violations);
+        }
+        let checked = Self {
+            display_name,
+            scopes: patch.scopes.map(|scopes| self::scopes("token.scopes", &scopes, &mut violations)),
+            audiences: patch.audiences.map(|audiences| self::audiences("token.audiences", &audiences, &mut violations)),
+            allowed_cidrs: patch.allowed_cidrs.map(|cidrs| self::allowed_cidrs("token.allowed_cidrs", &cidrs, &mut violations)),
+            metadata: patch.metadata,
+            expire_time: patch.expire_time,
+        };
+        violations.finish()?;
+        Ok(checked)
+    }
+
+    /// Takes over what the patch names.
+    pub(super) fn apply(self, token: &mut Token, now: Time) -> Outcome<()> {
+        if let Some(end) = self.expire_time {
+            let end = moved_expire_time(end, token.kind, token.create_time, now);
+            token.expire_time = end.map_err(|rule| Error::invalid("token.expire_time", rule))?;
+        }
+        token.display_name = self.display_name.unwrap_or_else(|| token.display_name.clone());
+        token.scopes = self.scopes.unwrap_or_else(|| token.scopes.clone());
+        token.audiences = self.audiences.unwrap_or_else(|| token.audiences.clone());
+        token.allowed_cidrs = self.allowed_cidrs.unwrap_or_else(|| token.allowed_cidrs.clone());
+        token.metadata = self.metadata.unwrap_or_else(|| token.metadata.clone());
+        Ok(())
+    }
+}
+
+/// The id of a token.
+pub(super) fn id(text: &str) -> Result<TokenId, &'static str> {
+    TokenId::parse(text).ok_or("must be the id of a token: tok_ and 22 characters")
+}
+
 /// The caller's own name for a request.
 pub(super) fn request_id(text: &str) -> Result<(), String> {
     if (1..=128).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic()) {
@@ -227,7 +290,8 @@ mod tests {
         assert_eq!(display_name("  Déploiement ").as_deref(), Ok("Déploiement"));
         assert!(display_name(&"ä".repeat(100)).is_ok());
         assert!(display_name(&"ä".repeat(101)).expect_err("too long").contains("101"));
-        for bad in ["", "   ", "a\nb", "a\u{7}b", "a\u{202e}b", "a\u{200f}b", "a\u{2066}b", "a\u{0}"] {
+        assert!(display_name("👩\u{200d}🚀 نامه\u{200c}ای").is_ok());
+        for bad in ["", "   ", "a\u{e0041}", "a\u{ad}b", "a\nb", "a\u{7}b", "a\u{202e}b", "a\u{200f}b", "a\u{2066}b", "a\u{0}"] {
             assert!(display_name(bad).is_err(), "{bad:?}");
         }
     }

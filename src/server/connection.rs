@@ -70,7 +70,12 @@ pub(super) struct Port {
 }
 
 impl Port {
-    pub(super) fn new(gate: Arc<Gate>, certificates: Option<Arc<Certificates>>, metrics: Arc<Metrics>, phase: watch::Receiver<Phase>) -> Arc<Self> {
+    pub(super) fn new(
+        gate: Arc<Gate>,
+        certificates: Option<Arc<Certificates>>,
+        metrics: Arc<Metrics>,
+        phase: watch::Receiver<Phase>,
+    ) -> Arc<Self> {
         Arc::new(Self { gate, certificates, metrics, phase, permits: Arc::new(Semaphore::new(CONNECTIONS_MAX as usize)) })
     }
 
@@ -212,7 +217,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Heard<S> {
         Pin::new(&mut self.stream).poll_shutdown(context)
     }
 
-    fn poll_write_vectored(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffers: &[std::io::IoSlice<'_>]) -> Poll<std::io::Result<usize>> {
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffers: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write_vectored(context, buffers)
     }
 

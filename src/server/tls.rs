@@ -79,7 +79,11 @@ fn caller_of(identity: &CertificateIdentity, stream: &TlsStream<TcpStream>) -> C
 
 fn read(settings: &Tls) -> Result<Vec<Vec<u8>>, String> {
     let files = [Some(&settings.cert), Some(&settings.key), settings.client_ca.as_ref()];
-    files.into_iter().flatten().map(|path| std::fs::read(path).map_err(|error| format!("{} cannot be read: {error}", path.display()))).collect()
+    files
+        .into_iter()
+        .flatten()
+        .map(|path| std::fs::read(path).map_err(|error| format!("{} cannot be read: {error}", path.display())))
+        .collect()
 }
 
 fn build(settings: &Tls, files: &[Vec<u8>]) -> Result<Arc<ServerConfig>, String> {

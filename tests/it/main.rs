@@ -18,8 +18,10 @@
 )]
 
 mod contract;
+mod limits;
 mod proxy;
 mod self_service;
+mod startup;
 mod tidy;
 mod tokens;
 mod validation;

@@ -152,8 +152,17 @@ async fn every_wrong_field_is_named(world: World) {
     let status = admin.list(request).await.expect_err("wrong in every field");
     let named: HashSet<String> = fields(&status).into_iter().collect();
     assert_eq!(named, ["page_size", "order_by", "states[0]", "page_token", "query"].map(str::to_owned).into());
-    let status = admin.update(proto::Token { id: "tok_1".to_owned(), ..Default::default() }, &["display_name"]).await.expect_err("a bad id");
-    assert_eq!(fields(&status), ["token.id"]);
+    let status = admin.update(proto::Token { id: "tok_1".to_owned(), ..Default::default() }, &["display_name", "state"]).await.expect_err("bad");
+    assert_eq!(fields(&status), ["update_mask", "token.id", "token.display_name"]);
+    let revoke = proto::RevokeTokenRequest { id: "x".to_owned(), reason: "x".repeat(201), ..Default::default() };
+    let status = admin.tokens().revoke_token(admin.request(revoke)).await.expect_err("wrong in both fields");
+    assert_eq!(fields(&status), ["id", "reason"]);
+    let grace = Some(WireDuration { seconds: -1, nanos: 0 });
+    let regenerate = proto::RegenerateTokenRequest { id: "x".to_owned(), grace, request_id: "a b".to_owned(), ..Default::default() };
+    let status = admin.tokens().regenerate_token(admin.request(regenerate)).await.expect_err("wrong in three fields");
+    assert_eq!(fields(&status), ["grace", "id", "request_id"]);
+    let named = proto::ListTokensRequest { principal: "a b".to_owned(), audience: "A".to_owned(), created_by: "ä".to_owned(), ..Default::default() };
+    assert_eq!(fields(&admin.list(named).await.expect_err("wrong in three fields")), ["principal", "created_by", "audience"]);
     assert_eq!(admin.list(proto::ListTokensRequest::default()).await.expect("a list").tokens.len(), 2, "nothing was created");
 }
 
@@ -249,6 +258,21 @@ async fn lists_page_through_every_token_once(world: World) {
     }
     let all = admin.list(proto::ListTokensRequest { page_size: 100_000, ..Default::default() }).await.expect("at most 1000");
     assert!(all.next_page_token.is_empty());
+    // Tokens with all the settings that they may have: a page stays below what clients take.
+    let metadata: std::collections::BTreeMap<_, _> = (0..32).map(|key| (format!("key {key}"), "€".repeat(256))).collect();
+    for number in 0..140 {
+        admin.create(proto::CreateTokenRequest { metadata: metadata.clone(), ..new_token(&format!("large {number}"), &[]) }).await.expect("created");
+    }
+    let (mut seen, mut pages, mut page_token) = (0, 0, String::new());
+    loop {
+        let request = proto::ListTokensRequest { page_size: 1000, page_token, query: "large".to_owned(), ..Default::default() };
+        let page = admin.list(request).await.expect("a page that a client takes");
+        (seen, pages, page_token) = (seen + page.tokens.len(), pages + 1, page.next_page_token);
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    assert!(seen == 140 && pages > 1, "{seen} tokens on {pages} pages");
 }
 
 async fn lists_filter_by_every_field(world: World) {
@@ -612,6 +636,8 @@ async fn tokens_of_another_workspace_are_not_found(world: World) {
     assert_eq!(root.get(&token.id).await.expect("root sees everything").workspace, "other");
     let nowhere = proto::CreateTokenRequest { workspace: "nowhere".to_owned(), ..new_token("t", &[]) };
     assert_eq!(root.create(nowhere).await.expect_err("no such workspace").code(), Code::NotFound);
+    let nowhere = proto::ListTokensRequest { workspace: "nowhere".to_owned(), ..Default::default() };
+    assert_eq!(root.list(nowhere).await.expect_err("no such workspace").code(), Code::NotFound);
 }
 
 async fn every_change_leaves_its_audit_row(world: World) {

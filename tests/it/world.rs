@@ -103,7 +103,22 @@ pub struct World {
 
 impl World {
     pub async fn start(backend: Backend) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
+        Self::start_in(backend, tempfile::tempdir().expect("a folder")).await
+    }
+
+    /// In a folder of the test's own.
+    pub async fn start_in(backend: Backend, folder: TempDir) -> Self {
+        let mut world = Self::unstarted_in(backend, folder).await;
+        world.start_server().await;
+        world
+    }
+
+    /// With a database that nobody has used yet.
+    pub async fn unstarted(backend: Backend) -> Self {
+        Self::unstarted_in(backend, tempfile::tempdir().expect("a folder")).await
+    }
+
+    async fn unstarted_in(backend: Backend, folder: TempDir) -> Self {
         let mut settings = BTreeMap::from([
             ("listen", "127.0.0.1:0".to_owned()),
             ("metrics_listen", "127.0.0.1:0".to_owned()),
@@ -112,17 +127,7 @@ impl World {
         if backend == Backend::Postgres {
             settings.insert("database_url", new_postgres_database().await);
         }
-        let mut world = Self {
-            backend,
-            clock: Clock::by_hand(BEGINNING),
-            folder,
-            settings,
-            limits: Limits::default(),
-            server: None,
-            root_token: String::new(),
-        };
-        world.start_server().await;
-        world
+        Self { backend, clock: Clock::by_hand(BEGINNING), folder, settings, limits: Limits::default(), server: None, root_token: String::new() }
     }
 
     pub fn config(&self) -> Config {
@@ -130,11 +135,16 @@ impl World {
     }
 
     pub async fn start_server(&mut self) {
-        let mut server = Server::start_with(&self.config(), self.clock.clone(), self.limits).await.expect("a server");
+        self.try_start_server().await.expect("a server");
+    }
+
+    pub async fn try_start_server(&mut self) -> Result<(), String> {
+        let mut server = Server::start_with(&self.config(), self.clock.clone(), self.limits).await?;
         if let Some(secret) = server.take_root_token() {
             self.root_token = secret.reveal().to_owned();
         }
         self.server = Some(server);
+        Ok(())
     }
 
     pub async fn stop_server(&mut self) {
