@@ -308,7 +308,7 @@ impl Issuer {
     /// # Errors
     /// `Invalid`, `Denied`, `NotFound`, `Conflict`, `Precondition`, `Unavailable`, `Overloaded`.
     pub async fn update(self: &Arc<Self>, caller: Caller, target: Target, patch: TokenPatch, now: Time) -> Result<Token> {
-        let patch = rules::Patch::check(patch, &target.id)?;
+        let patch = rules::Patch::check(patch, &target.id, now)?;
         let change = move |token: &mut Token, caller: &Caller| {
             require_live(token, now)?;
             patch.apply(token, now)?;

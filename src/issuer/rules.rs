@@ -25,6 +25,8 @@ const AUDIENCES_MAX: usize = 20;
 const CIDRS_MAX: usize = 50;
 const METADATA_MAX: usize = 32;
 
+const PAST: &str = "must be in the future; to end the token now, revoke it";
+
 const DAY: Duration = Duration::from_hours(24);
 const LIFETIME_DEFAULT: Duration = Duration::from_hours(90 * 24);
 const LIFETIME_MIN: Duration = Duration::from_secs(1);
@@ -205,7 +207,7 @@ pub(super) fn expire_time(lifetime: Lifetime, kind: Kind, now: Time) -> Result<T
 /// Another end for a token that exists; its longest life counts from its creation.
 pub(super) fn moved_expire_time(end: Time, kind: Kind, create_time: Time, now: Time) -> Result<Time, String> {
     if end <= now {
-        return Err("must be in the future; to end the token now, revoke it".to_owned());
+        return Err(PAST.to_owned());
     }
     let lifetime = if end == Time::NEVER { Lifetime::Never } else { Lifetime::Until(end) };
     expire_time(lifetime, kind, create_time).map_err(|(_, rule)| rule)
@@ -231,8 +233,11 @@ pub(super) struct Patch {
 
 impl Patch {
     /// Checks everything that can be checked without the token.
-    pub(super) fn check(patch: TokenPatch, id: &str) -> Outcome<Self> {
+    pub(super) fn check(patch: TokenPatch, id: &str, now: Time) -> Outcome<Self> {
         let mut violations = patch.violations;
+        if patch.expire_time.is_some_and(|end| end <= now) {
+            violations.add("token.expire_time", PAST);
+        }
         violations.take("token.id", self::id(id));
         let display_name = patch.display_name.and_then(|name| violations.take("token.display_name", display_name(&name)));
         if let Some(metadata) = &patch.metadata {

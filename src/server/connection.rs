@@ -1,6 +1,6 @@
 //! Accepting connections and driving them, within limits that tonic's own server does not keep.
 //!
-//! Invariant: a client that connects and says nothing is gone after [`FIRST_BYTE_TIMEOUT`] (test `silent_clients_are_cut`).
+//! Invariant: a client that connects and does not greet is gone after [`GREETING_TIMEOUT`] (test `silent_clients_are_cut`).
 //! Invariant: a drain ends: what has not closed by itself within [`DRAIN_TIMEOUT`] is cut (test `a_drain_has_an_end`).
 
 use std::{
@@ -9,7 +9,7 @@ use std::{
     pin::{Pin, pin},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll},
     time::Duration,
@@ -33,8 +33,10 @@ use crate::{
 
 /// Open connections.
 const CONNECTIONS_MAX: u32 = 10_000;
-/// From the connection to its first byte, after the TLS handshake if there is one.
-const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(5);
+/// From the connection, or the TLS handshake if there is one, to the client's whole greeting.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+/// The client connection preface (RFC 9113, section 3.4).
+const GREETING_BYTES: usize = 24;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// From the wish to stop to the last connection.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(25);
@@ -140,7 +142,7 @@ impl Port {
     }
 
     async fn drive(&self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, peer: Peer) {
-        let heard = Arc::new(AtomicBool::new(false));
+        let heard = Arc::new(AtomicUsize::new(0));
         let stream = TokioIo::new(Heard { stream, heard: Arc::clone(&heard) });
         let gate = &self.gate;
         let service = service_fn(move |request: hyper::Request<Incoming>| {
@@ -151,10 +153,10 @@ impl Port {
         let mut phase = self.phase.clone();
         let first = tokio::select! {
             result = connection.as_mut() => Some(result),
-            () = sleep(FIRST_BYTE_TIMEOUT) => None,
+            () = sleep(GREETING_TIMEOUT) => None,
             _ = phase.wait_for(|phase| *phase != Phase::Serving) => None,
         };
-        if first.is_some() || !heard.load(Ordering::Relaxed) {
+        if first.is_some() || heard.load(Ordering::Relaxed) < GREETING_BYTES {
             return;
         }
         let closed = tokio::select! {
@@ -187,18 +189,18 @@ fn age_max() -> Duration {
     CONNECTION_AGE_MAX + CONNECTION_AGE_MAX / 10 * jitter / 256
 }
 
-/// Notes whether anything was ever read.
+/// Counts the first bytes that are read.
 struct Heard<S> {
     stream: S,
-    heard: Arc<AtomicBool>,
+    heard: Arc<AtomicUsize>,
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Heard<S> {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
         let before = buffer.filled().len();
         let polled = Pin::new(&mut self.stream).poll_read(context, buffer);
-        if buffer.filled().len() > before && !self.heard.load(Ordering::Relaxed) {
-            self.heard.store(true, Ordering::Relaxed);
+        if self.heard.load(Ordering::Relaxed) < GREETING_BYTES {
+            self.heard.fetch_add(buffer.filled().len() - before, Ordering::Relaxed);
         }
         polled
     }

@@ -17,12 +17,16 @@
     reason = "a test fails by panicking, waits by the real clock, and reads best in one piece"
 )]
 
+mod clients;
 mod contract;
+mod crash;
 mod limits;
 mod proxy;
+mod secrets;
 mod self_service;
 mod startup;
 mod tidy;
+mod tls;
 mod tokens;
 mod validation;
 mod world;

@@ -150,13 +150,11 @@ fn a_full_disk_loses_nothing() {
         for secret in created.iter().rev().take(50) {
             assert_eq!(validator.verdict(secret).await, Verdict::Valid, "what was acknowledged is there");
         }
-        let filler = world.folder.path().join("data/filler");
-        assert!(!filler.exists());
         drop((admin, validator));
-        drop(world.take_server());
+        // The last uses may have no room either: what is lost is said.
+        let _stopped = world.take_server().stop().await;
         let grown = Command::new("mount").args(["-o", "remount,size=8m", &world.folder.path().display().to_string()]).status();
         assert!(grown.is_ok_and(|status| status.success()));
-        crate::world::eventually("the folder is free again", async || fs::File::open(world.folder.path().join("data/keyward.lock")).ok()?.try_lock().ok()).await;
         world.start_server().await;
         let validator = world.validator().await;
         for secret in &created {

@@ -444,3 +444,88 @@ fn deadlines_are_kept_and_named() {
         assert_eq!(validator.verdict(&secret).await, Verdict::Valid, "the flight went on and landed");
     });
 }
+
+/// Random letters and digits, quickly and the same on every run.
+struct Letters(u64);
+
+impl Letters {
+    fn fill(&mut self, places: &mut [u8]) {
+        const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+        for place in places {
+            // Xorshift, G. Marsaglia 2003.
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            *place = ALPHABET[(self.0 >> 33) as usize % 62];
+        }
+    }
+}
+
+/// The base62 digits of the CRC-32 of what stands before them, as anybody can compute it.
+fn check(text: &mut [u8]) {
+    let (signed, digits) = text.split_at_mut(text.len() - 6);
+    let mut number = u64::from(crc32fast::hash(signed));
+    for digit in digits.iter_mut().rev() {
+        *digit = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"[(number % 62) as usize];
+        number /= 62;
+    }
+}
+
+#[test]
+fn ten_million_invented_tokens_cost_no_query() {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    };
+
+    use keyward::{
+        cache::Cache,
+        grant::Need,
+        store::{DatabaseUrl, Store},
+        token::Keyring,
+        usage::Usage,
+        validator::{Question, Validator},
+    };
+
+    const EACH: usize = 5_000_000;
+    let folder = tempfile::tempdir().expect("a folder");
+    let queries = Arc::new(AtomicU64::new(0));
+    let runtime = world::runtime();
+    let observed = Arc::clone(&queries);
+    let observer = Box::new(move |_, _, _| {
+        observed.fetch_add(1, Ordering::Relaxed);
+    });
+    let url = DatabaseUrl::Sqlite(folder.path().join("keyward.db"));
+    let store = Arc::new(runtime.block_on(Store::open(&url, true, observer)).expect("a store"));
+    let keyring = Arc::new(Keyring::generate().expect("randomness"));
+    let issued = keyring.issue(&"kw".parse().expect("a prefix")).expect("randomness");
+    let (cache, usage) = (Arc::new(Cache::new(1_000)), Arc::new(Usage::default()));
+    let validator = Validator::new(keyring, Arc::clone(&cache), store, usage);
+    queries.store(0, Ordering::Relaxed);
+    std::thread::scope(|scope| {
+        for seed in [0x9e37_79b9_7f4a_7c15, 0xd1b5_4a32_d192_ed03] {
+            let (validator, runtime, own) = (&validator, &runtime, issued.secret.reveal().as_bytes());
+            scope.spawn(move || {
+                let mut letters = Letters(seed);
+                let mut texts = vec![own.to_vec(); 1_000];
+                for _ in 0..EACH / texts.len() {
+                    for text in &mut texts {
+                        // Our own key's name, a right check, everything else invented.
+                        letters.fill(&mut text[4..42]);
+                        check(text);
+                    }
+                    let questions: Vec<_> = texts.iter().map(|text| Question { text, need: Need::default(), peek: false }).collect();
+                    let now = keyward::ambient::Time::from_micros(0);
+                    let answers = runtime.block_on(validator.validate_batch(&questions, now)).expect("answers");
+                    assert!(answers.iter().all(|answer| answer.verdict == keyward::grant::Verdict::Unknown));
+                }
+            });
+        }
+    });
+    assert_eq!(queries.load(Ordering::Relaxed), 0);
+    assert!(cache.is_empty());
+    let own = Question { text: issued.secret.reveal().as_bytes(), need: Need::default(), peek: false };
+    let answer = runtime.block_on(validator.validate(own, keyward::ambient::Time::from_micros(0))).expect("an answer");
+    assert_eq!(answer.verdict, keyward::grant::Verdict::Unknown, "made with the key, but never stored");
+    assert_eq!(queries.load(Ordering::Relaxed), 1, "a token that proves itself is looked up");
+}

@@ -113,6 +113,14 @@ impl World {
         world
     }
 
+    /// For clients that have their own idea of time.
+    pub async fn start_by_the_real_clock(backend: Backend) -> Self {
+        let mut world = Self::unstarted(backend).await;
+        world.clock = Clock::system();
+        world.start_server().await;
+        world
+    }
+
     /// With a database that nobody has used yet.
     pub async fn unstarted(backend: Backend) -> Self {
         Self::unstarted_in(backend, tempfile::tempdir().expect("a folder")).await

@@ -315,7 +315,7 @@ def updates(root, _channel):
     expect_equal((list(cleared.audiences), cleared.HasField("expire_time")), ([], False), "what is named and not set")
 
     expect_error(grpc.StatusCode.ABORTED, lambda: update(["display_name"], display_name="x", etag=made.token.etag))
-    expect_error(INVALID, lambda: update(["display_name", "hint"], display_name="x"), "update_mask")
+    expect_error(INVALID, lambda: update(["display_name", "hint"], display_name="x"), "update_mask.paths[1]")
     expect_error(INVALID, lambda: update([], display_name="x"), "update_mask")
     past = Timestamp(seconds=1_000_000_000)
     expect_error(INVALID, lambda: update(["display_name", "expire_time"], expire_time=past), "token.display_name", "token.expire_time")
@@ -445,7 +445,11 @@ def wrong_arguments(root, _channel):
     expect_error(INVALID, lambda: root.create(kind=TOKEN_KIND_TEMPORARY, ttl=Duration(seconds=86401)), "ttl")
     expect_error(INVALID, lambda: root.create(metadata={str(number): "" for number in range(33)}), "metadata")
     expect_error(INVALID, lambda: root.validate("x", client_ip="10.0.0.0/8", required_scopes=["*"]), "client_ip", "required_scopes[0]")
-    expect_error(INVALID, lambda: root.validate(""), "token")
+    expect_error(INVALID, lambda: root.tokens.RevokeToken(control.RevokeTokenRequest(id="x", reason="r" * 201)), "id", "reason")
+    expect_error(INVALID, lambda: root.tokens.UpdateToken(control.UpdateTokenRequest()), "token.id", "update_mask")
+    bad = control.RegenerateTokenRequest(id="x", grace=Duration(seconds=-1), request_id="a b")
+    expect_error(INVALID, lambda: root.tokens.RegenerateToken(bad), "id", "grace", "request_id")
+    expect_equal(root.verdict(""), "UNKNOWN", "no token at all")
     expect(not root.create(never=True).token.HasField("expire_time"), "expire_time of a token that never ends")
 
 

@@ -1,0 +1,174 @@
+//! No secret is anywhere but with its holder.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Child, Command},
+};
+
+use keyward::proto::{self, Verdict};
+
+use crate::world::{self, Actor, Backend, eventually, free_port, keyward, new_token, runtime};
+
+/// A server as a process of its own, ended with the test.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn contains(haystack: &[u8], needle: &str) -> bool {
+    haystack.windows(needle.len()).any(|window| window == needle.as_bytes())
+}
+
+#[test]
+fn no_secret_is_anywhere() {
+    for backend in [Backend::Sqlite, Backend::Postgres] {
+        if backend == Backend::Postgres && world::postgres().is_none() {
+            world::skip("no PostgreSQL on this machine (initdb and postgres; Debian: apt-get install postgresql)");
+            continue;
+        }
+        runtime().block_on(search(backend));
+    }
+}
+
+/// Everything that the interface offers, at the most talkative level, and then a search for each secret that ever was.
+async fn search(backend: Backend) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (port, metrics) = (free_port(), free_port());
+    let database = match backend {
+        Backend::Postgres => Some(world::new_postgres_database().await),
+        Backend::Sqlite => None,
+    };
+    let start = |format: &str| {
+        let log = fs::OpenOptions::new().create(true).append(true).open(folder.path().join("log")).expect("writable");
+        let mut command = keyward();
+        command.args(["serve", "--log", "trace", "--log-format", format, "--listen", &format!("127.0.0.1:{port}")]);
+        command.args(["--metrics-listen", &format!("127.0.0.1:{metrics}"), "--data-dir"]).arg(folder.path().join("data"));
+        command.arg("--root-token-file").arg(folder.path().join("root"));
+        if let Some(url) = &database {
+            command.env("KEYWARD_DATABASE_URL", url);
+        }
+        Process(command.stdout(log.try_clone().expect("a file")).stderr(log).spawn().expect("it runs"))
+    };
+    let mut server = start("text");
+    let address = format!("http://127.0.0.1:{port}");
+    let channel = eventually("the server answers", async || {
+        tonic::transport::Channel::from_shared(address.clone()).expect("an address").connect().await.ok()
+    })
+    .await;
+    let root = eventually("the root token is written", async || fs::read_to_string(folder.path().join("root")).ok().filter(|text| text.ends_with('\n'))).await;
+    let root = root.trim().to_owned();
+    let admin = Actor { channel, token: Some(root.clone()) };
+    let mut secrets = vec![root];
+    let mut answers = String::new();
+    exercise(&admin, &mut secrets, &mut answers).await;
+    // Also what the command line is given and says.
+    let pasted = secrets[2].clone();
+    for arguments in [&["validate", &pasted][..], &["token", "list", &pasted], &["token", "get", &pasted], &["whoami", "--output", &pasted]] {
+        let output = keyward().args(arguments).env("KEYWARD_ADDRESS", &address).env("KEYWARD_TOKEN", &secrets[0]).output().expect("it runs");
+        answers.push_str(&String::from_utf8_lossy(&output.stdout));
+        answers.push_str(&String::from_utf8_lossy(&output.stderr));
+    }
+    answers.push_str(&metrics_page(metrics).await);
+    stop(&mut server);
+    let mut server = start("json");
+    eventually("the server answers", async || admin.get("tok_0000000000000000000000").await.err().filter(|status| status.code() == tonic::Code::NotFound)).await;
+    exercise(&admin, &mut secrets, &mut answers).await;
+    stop(&mut server);
+
+    let log = fs::read(folder.path().join("log")).expect("readable");
+    assert!(contains(&log, "ValidateToken") && log.len() > 10_000, "the log is talkative: {} bytes", log.len());
+    let mut places = vec![("the log".to_owned(), log), ("the answers".to_owned(), answers.into_bytes())];
+    places.extend(files(&folder.path().join("data")));
+    if let Some(url) = &database {
+        let dump = Command::new("pg_dump").args(["--inserts", url]).output().expect("pg_dump");
+        assert!(dump.status.success() && dump.stdout.len() > 10_000, "{}", String::from_utf8_lossy(&dump.stderr));
+        places.push(("the dump".to_owned(), dump.stdout));
+    }
+    assert!(secrets.len() > 12);
+    for (place, contents) in &places {
+        for secret in &secrets {
+            // Nothing beyond the first 8 characters: not the whole, not the secret part, not the proof.
+            let body = &secret[secret.len() - 45..];
+            for part in [secret.as_str(), &body[1..28], &body[6..20], &body[28..39], &secret[..9]] {
+                assert!(!contains(contents, part), "{place} holds {part} of a token ({backend:?})");
+            }
+        }
+    }
+}
+
+fn stop(server: &mut Process) {
+    world::run_as_root(&["kill", "-TERM", &server.0.id().to_string()]);
+    assert!(server.0.wait().expect("an end").success());
+}
+
+fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let entries = fs::read_dir(folder).expect("a folder").flatten();
+    entries.map(|entry| (entry.path().display().to_string(), fs::read(entry.path()).expect("readable"))).collect()
+}
+
+async fn metrics_page(port: u16) -> String {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.expect("a connection");
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: keyward\r\n\r\n").await.expect("sent");
+    let mut page = String::new();
+    stream.read_to_string(&mut page).await.expect("a page");
+    assert!(page.contains("keyward_requests_total"));
+    page
+}
+
+/// Calls every method, well and badly, with secrets wherever somebody might paste one.
+async fn exercise(admin: &Actor, secrets: &mut Vec<String>, answers: &mut String) {
+    let mut note = |what: String| answers.push_str(&what);
+    let request = proto::CreateTokenRequest { request_id: format!("r{}", secrets.len()), ..new_token("canary", &["keyward:self", "a:b"]) };
+    let created = admin.create(request.clone()).await.expect("created");
+    admin.create(request).await.expect("answered again");
+    let token = created.token.expect("a token");
+    secrets.push(created.secret.clone());
+    let regenerate = proto::RegenerateTokenRequest {
+        id: token.id.clone(),
+        grace: Some(prost_types::Duration { seconds: 600, nanos: 0 }),
+        request_id: format!("g{}", secrets.len()),
+        ..Default::default()
+    };
+    secrets.push(admin.tokens().regenerate_token(admin.request(regenerate)).await.expect("done").into_inner().secret);
+    let secret = secrets.last().expect("one").clone();
+    let holder = Actor { channel: admin.channel.clone(), token: Some(secret.clone()) };
+    for text in [&secret, &created.secret, &format!("{secret}x"), &secret[1..].to_owned()] {
+        let question = proto::ValidateTokenRequest { token: text.clone(), required_scopes: vec!["c:d".to_owned()], ..Default::default() };
+        note(format!("{:?}", admin.ask(question.clone()).await.expect("an answer")));
+        let batch = proto::BatchValidateTokensRequest { requests: vec![question; 2] };
+        note(format!("{:?}", admin.validation().batch_validate_tokens(admin.request(batch)).await.expect("answers")));
+    }
+    assert_eq!(admin.use_token(&secret).await, Verdict::Valid);
+    note(format!("{:?}", holder.own().who_am_i(holder.request(proto::WhoAmIRequest {})).await.expect("known")));
+    note(format!("{:?}", holder.own().list_my_tokens(holder.request(proto::ListMyTokensRequest::default())).await.expect("a page")));
+    // Secrets in the wrong place: errors quote rules, not what was sent.
+    for status in [
+        admin.get(&secret).await.map(drop),
+        admin.revoke(&secret).await.map(drop),
+        admin.list(proto::ListTokensRequest { page_token: secret.clone(), order_by: secret.clone(), ..Default::default() }).await.map(drop),
+        admin.update(token.clone(), &[&secret]).await.map(drop),
+        admin.create(proto::CreateTokenRequest { scopes: vec![secret.clone()], audiences: vec![secret.clone()], ..new_token("t", &[]) }).await.map(drop),
+        admin.ask(proto::ValidateTokenRequest { token: "x".to_owned(), client_ip: secret.clone(), ..Default::default() }).await.map(drop),
+        Actor { channel: admin.channel.clone(), token: Some(format!("{secret} {secret}")) }.get("tok").await.map(drop),
+    ] {
+        note(format!("{:?}", status.expect_err("wrong")));
+    }
+    let request = proto::RegenerateSelfRequest::default();
+    secrets.push(holder.own().regenerate_self(holder.request(request)).await.expect("done").into_inner().secret);
+    let holder = Actor { channel: admin.channel.clone(), token: secrets.last().cloned() };
+    note(format!("{:?}", holder.own().revoke_self(holder.request(proto::RevokeSelfRequest::default())).await.expect("done")));
+    for name in ["a", "b", "c"] {
+        let created = admin.create(proto::CreateTokenRequest { principal: "p".to_owned(), ..new_token(name, &[]) }).await.expect("created");
+        secrets.push(created.secret);
+        admin.deactivate(&created.token.expect("a token").id).await.expect("done");
+    }
+    admin.revoke_principal("p").await.expect("done");
+    note(format!("{:?}", admin.list(proto::ListTokensRequest::default()).await.expect("a page")));
+    admin.delete(&token.id).await.expect("done");
+}
