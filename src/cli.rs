@@ -124,9 +124,9 @@ fn leaf(matches: &ArgMatches) -> (String, &ArgMatches) {
     (path.join(" "), args)
 }
 
-fn with_config(args: &ArgMatches, act: fn(Config) -> ExitCode) -> ExitCode {
+fn with_config(args: &ArgMatches, act: fn(&Config) -> ExitCode) -> ExitCode {
     match settings::load(args) {
-        Ok(config) => act(config),
+        Ok(config) => act(&config),
         Err(mistakes) => {
             for mistake in mistakes {
                 let _ = writeln!(io::stderr(), "keyward: {mistake}");

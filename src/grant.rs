@@ -256,8 +256,11 @@ mod tests {
         grant.judge(&Need { workspace, audience, client_ip, scopes: &scopes }, NOW)
     }
 
-    /// Every cause of a refusal in the order of judgement: what it does to the facts, or which part of the need it spoils.
-    const CAUSES: [(Verdict, fn(&mut Grant), &str); 11] = [
+    /// A cause of a refusal: its verdict, what it does to the facts, or which part of the need it spoils.
+    type Cause = (Verdict, fn(&mut Grant), &'static str);
+
+    /// In the order of judgement.
+    const CAUSES: [Cause; 11] = [
         (Verdict::Unknown, |_| (), "workspace"),
         (Verdict::Unknown, |grant| grant.secret_expire_time = NOW, ""),
         (Verdict::Revoked, |grant| grant.state = State::Revoked, ""),
@@ -271,9 +274,11 @@ mod tests {
         (Verdict::InsufficientScope, |_| (), "scope"),
     ];
 
-    fn judge_with(causes: &[&(Verdict, fn(&mut Grant), &str)]) -> Verdict {
+    fn judge_with(causes: &[&Cause]) -> Verdict {
         let mut grant = grant();
-        causes.iter().for_each(|cause| cause.1(&mut grant));
+        for cause in causes {
+            cause.1(&mut grant);
+        }
         let spoils = |part| causes.iter().any(|cause| cause.2 == part);
         judge(
             &grant,

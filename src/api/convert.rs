@@ -119,8 +119,8 @@ pub(super) fn scope_texts<'a>(scopes: impl IntoIterator<Item = &'a Scope>) -> Ve
 }
 
 /// The change is in force: it was announced before this answer was made.
-pub(super) fn complete() -> Option<proto::Propagation> {
-    Some(proto::Propagation { state: proto::PropagationState::Complete.into(), complete_by: None })
+pub(super) fn complete() -> proto::Propagation {
+    proto::Propagation { state: proto::PropagationState::Complete.into(), complete_by: None }
 }
 
 /// A token as it is at this instant.

@@ -56,7 +56,7 @@ impl SelfService for Api {
         Ok(Response::new(proto::RegenerateSelfResponse {
             token: Some(convert::token(done.token, now)),
             secret: done.secret.reveal().to_owned(),
-            propagation: convert::complete(),
+            propagation: Some(convert::complete()),
             grace_time: done.grace_time.and_then(convert::timestamp),
         }))
     }
@@ -64,6 +64,6 @@ impl SelfService for Api {
     async fn revoke_self(&self, request: Request<proto::RevokeSelfRequest>) -> Answer<proto::RevokeSelfResponse> {
         let (Call { caller, now }, message) = call(request)?;
         let token = self.issuer.revoke_self(caller, &message.reason, now).await?;
-        Ok(Response::new(proto::RevokeSelfResponse { token: Some(convert::token(token, now)), propagation: convert::complete() }))
+        Ok(Response::new(proto::RevokeSelfResponse { token: Some(convert::token(token, now)), propagation: Some(convert::complete()) }))
     }
 }

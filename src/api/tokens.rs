@@ -21,7 +21,7 @@ impl TokenService for Api {
         Ok(Response::new(proto::CreateTokenResponse {
             token: Some(convert::token(token, now)),
             secret: secret.reveal().to_owned(),
-            propagation: convert::complete(),
+            propagation: Some(convert::complete()),
         }))
     }
 
@@ -44,28 +44,31 @@ impl TokenService for Api {
         let (Call { caller, now }, message) = call(request)?;
         let (target, patch) = patch(message);
         let token = self.issuer.update(caller, target, patch, now).await?;
-        Ok(Response::new(proto::UpdateTokenResponse { token: Some(convert::token(token, now)), propagation: convert::complete() }))
+        Ok(Response::new(proto::UpdateTokenResponse { token: Some(convert::token(token, now)), propagation: Some(convert::complete()) }))
     }
 
     async fn activate_token(&self, request: Request<proto::ActivateTokenRequest>) -> Answer<proto::ActivateTokenResponse> {
         let (Call { caller, now }, message) = call(request)?;
         let target = Target { id: message.id, etag: message.etag };
         let token = self.issuer.activate(caller, target, now).await?;
-        Ok(Response::new(proto::ActivateTokenResponse { token: Some(convert::token(token, now)), propagation: convert::complete() }))
+        Ok(Response::new(proto::ActivateTokenResponse { token: Some(convert::token(token, now)), propagation: Some(convert::complete()) }))
     }
 
     async fn deactivate_token(&self, request: Request<proto::DeactivateTokenRequest>) -> Answer<proto::DeactivateTokenResponse> {
         let (Call { caller, now }, message) = call(request)?;
         let target = Target { id: message.id, etag: message.etag };
         let token = self.issuer.deactivate(caller, target, now).await?;
-        Ok(Response::new(proto::DeactivateTokenResponse { token: Some(convert::token(token, now)), propagation: convert::complete() }))
+        Ok(Response::new(proto::DeactivateTokenResponse {
+            token: Some(convert::token(token, now)),
+            propagation: Some(convert::complete()),
+        }))
     }
 
     async fn revoke_token(&self, request: Request<proto::RevokeTokenRequest>) -> Answer<proto::RevokeTokenResponse> {
         let (Call { caller, now }, message) = call(request)?;
         let target = Target { id: message.id, etag: message.etag };
         let token = self.issuer.revoke(caller, target, &message.reason, now).await?;
-        Ok(Response::new(proto::RevokeTokenResponse { token: Some(convert::token(token, now)), propagation: convert::complete() }))
+        Ok(Response::new(proto::RevokeTokenResponse { token: Some(convert::token(token, now)), propagation: Some(convert::complete()) }))
     }
 
     async fn regenerate_token(&self, request: Request<proto::RegenerateTokenRequest>) -> Answer<proto::RegenerateTokenResponse> {
@@ -77,7 +80,7 @@ impl TokenService for Api {
         Ok(Response::new(proto::RegenerateTokenResponse {
             token: Some(convert::token(done.token, now)),
             secret: done.secret.reveal().to_owned(),
-            propagation: convert::complete(),
+            propagation: Some(convert::complete()),
             grace_time: done.grace_time.and_then(convert::timestamp),
         }))
     }
@@ -85,7 +88,7 @@ impl TokenService for Api {
     async fn delete_token(&self, request: Request<proto::DeleteTokenRequest>) -> Answer<proto::DeleteTokenResponse> {
         let (Call { caller, now }, message) = call(request)?;
         self.issuer.delete(caller, Target { id: message.id, etag: message.etag }, now).await?;
-        Ok(Response::new(proto::DeleteTokenResponse { propagation: convert::complete() }))
+        Ok(Response::new(proto::DeleteTokenResponse { propagation: Some(convert::complete()) }))
     }
 
     async fn revoke_principal_tokens(
@@ -96,7 +99,7 @@ impl TokenService for Api {
         let revoked = self.issuer.revoke_principal(caller, &message.workspace, &message.principal, &message.reason, now).await?;
         Ok(Response::new(proto::RevokePrincipalTokensResponse {
             revoked_count: i32::try_from(revoked).unwrap_or(i32::MAX),
-            propagation: convert::complete(),
+            propagation: Some(convert::complete()),
         }))
     }
 }

@@ -16,14 +16,14 @@ use crate::{
 };
 
 /// Runs the server until it is told to stop.
-pub(super) fn serve(config: Config) -> ExitCode {
+pub(super) fn serve(config: &Config) -> ExitCode {
     telemetry::init_logs(&config.log, config.log_format);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(config.workers).enable_all().build();
-    outcome(runtime.map_err(|error| error.to_string()).and_then(|runtime| runtime.block_on(run(&config))))
+    outcome(runtime.map_err(|error| error.to_string()).and_then(|runtime| runtime.block_on(run(config))))
 }
 
 /// Brings the database's schema up to date.
-pub(super) fn migrate(config: Config) -> ExitCode {
+pub(super) fn migrate(config: &Config) -> ExitCode {
     telemetry::init_logs(&config.log, config.log_format);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let work = async {
@@ -36,7 +36,7 @@ pub(super) fn migrate(config: Config) -> ExitCode {
 }
 
 /// Makes a new primary key.
-pub(super) fn rotate_keyring(config: Config) -> ExitCode {
+pub(super) fn rotate_keyring(config: &Config) -> ExitCode {
     let path = &config.keyring_file;
     let rotate = || {
         let keyring = Keyring::load(path)?;

@@ -75,7 +75,8 @@ fn declared() -> Vec<(String, MessageDescriptor)> {
 #[test]
 fn every_method_is_in_the_table() {
     let declared: BTreeSet<String> = declared().into_iter().map(|(path, _)| path).collect();
-    let listed: BTreeSet<String> = METHODS.iter().filter(|method| method.plane != Plane::Public).map(|method| method.path.to_owned()).collect();
+    let listed: BTreeSet<String> =
+        METHODS.iter().filter(|method| method.plane != Plane::Public).map(|method| method.path.to_owned()).collect();
     assert_eq!(declared, listed);
 }
 
@@ -93,7 +94,9 @@ fn every_element_has_a_comment() {
         let mut paths: Vec<(Vec<i32>, String)> = Vec::new();
         for (index, message) in (0..).zip(&file.message_type) {
             paths.push((vec![4, index], message.name().to_owned()));
-            paths.extend((0..).zip(&message.field).map(|(field, named)| (vec![4, index, 2, field], format!("{}.{}", message.name(), named.name()))));
+            paths.extend(
+                (0..).zip(&message.field).map(|(field, named)| (vec![4, index, 2, field], format!("{}.{}", message.name(), named.name()))),
+            );
         }
         for (index, service) in (0..).zip(&file.service) {
             paths.push((vec![6, index], service.name().to_owned()));

@@ -236,7 +236,9 @@ impl Site {
         tokio::time::sleep(span).await;
         killed.store(true, Ordering::SeqCst);
         process.kill();
-        work.join_all().await
+        let mut clients = work.join_all().await;
+        clients.sort_unstable_by_key(|client| client.number);
+        clients
     }
 
     /// The sessions of the process that was killed, as far as PostgreSQL has not ended them yet.
@@ -646,7 +648,11 @@ impl Ledger {
     fn compare(&mut self, id: &str, held: &Held, seen: usize) {
         let row = self.tokens.remove(id).unwrap_or_else(|| panic!("{id} is lost: {held:?}"));
         let audit = self.audit.remove(id).unwrap_or_default();
-        assert_eq!((row.name.as_str(), row.audiences.as_str()), (held.name.as_str(), held.audiences.join(" ").as_str()), "{id}");
+        assert_eq!(
+            (row.name.as_str(), row.audiences.as_str()),
+            (held.name.as_str(), held.audiences.join(" ").as_str()),
+            "{id}: {held:?} {seen} {audit:?}"
+        );
         assert_eq!((row.state == 3, row.version), (held.revoked, held.methods.len()), "{id}: {held:?}");
         assert!(held.secret.as_ref().is_none_or(|secret| secret[..8] == row.hint), "{id}: the secret is not the one that was answered");
         let written: Vec<(usize, &str)> = audit.iter().map(|(version, (method, _))| (*version, method.as_str())).collect();

@@ -14,6 +14,9 @@
     clippy::cast_precision_loss,
     clippy::cast_sign_loss,
     clippy::float_cmp,
+    clippy::unchecked_time_subtraction,
+    clippy::unnecessary_wraps,
+    clippy::needless_pass_by_value,
     reason = "a test fails by panicking, waits by the real clock, and reads best in one piece"
 )]
 

@@ -60,7 +60,10 @@ async fn search(backend: Backend) {
         tonic::transport::Channel::from_shared(address.clone()).expect("an address").connect().await.ok()
     })
     .await;
-    let root = eventually("the root token is written", async || fs::read_to_string(folder.path().join("root")).ok().filter(|text| text.ends_with('\n'))).await;
+    let root = eventually("the root token is written", async || {
+        fs::read_to_string(folder.path().join("root")).ok().filter(|text| text.ends_with('\n'))
+    })
+    .await;
     let root = root.trim().to_owned();
     let admin = Actor { channel, token: Some(root.clone()) };
     let mut secrets = vec![root];
@@ -68,15 +71,20 @@ async fn search(backend: Backend) {
     exercise(&admin, &mut secrets, &mut answers).await;
     // Also what the command line is given and says.
     let pasted = secrets[2].clone();
-    for arguments in [&["validate", &pasted][..], &["token", "list", &pasted], &["token", "get", &pasted], &["whoami", "--output", &pasted]] {
-        let output = keyward().args(arguments).env("KEYWARD_ADDRESS", &address).env("KEYWARD_TOKEN", &secrets[0]).output().expect("it runs");
+    for arguments in [&["validate", &pasted][..], &["token", "list", &pasted], &["token", "get", &pasted], &["whoami", "--output", &pasted]]
+    {
+        let output =
+            keyward().args(arguments).env("KEYWARD_ADDRESS", &address).env("KEYWARD_TOKEN", &secrets[0]).output().expect("it runs");
         answers.push_str(&String::from_utf8_lossy(&output.stdout));
         answers.push_str(&String::from_utf8_lossy(&output.stderr));
     }
     answers.push_str(&metrics_page(metrics).await);
     stop(&mut server);
     let mut server = start("json");
-    eventually("the server answers", async || admin.get("tok_0000000000000000000000").await.err().filter(|status| status.code() == tonic::Code::NotFound)).await;
+    eventually("the server answers", async || {
+        admin.get("tok_0000000000000000000000").await.err().filter(|status| status.code() == tonic::Code::NotFound)
+    })
+    .await;
     exercise(&admin, &mut secrets, &mut answers).await;
     stop(&mut server);
 
@@ -153,7 +161,10 @@ async fn exercise(admin: &Actor, secrets: &mut Vec<String>, answers: &mut String
         admin.revoke(&secret).await.map(drop),
         admin.list(proto::ListTokensRequest { page_token: secret.clone(), order_by: secret.clone(), ..Default::default() }).await.map(drop),
         admin.update(token.clone(), &[&secret]).await.map(drop),
-        admin.create(proto::CreateTokenRequest { scopes: vec![secret.clone()], audiences: vec![secret.clone()], ..new_token("t", &[]) }).await.map(drop),
+        admin
+            .create(proto::CreateTokenRequest { scopes: vec![secret.clone()], audiences: vec![secret.clone()], ..new_token("t", &[]) })
+            .await
+            .map(drop),
         admin.ask(proto::ValidateTokenRequest { token: "x".to_owned(), client_ip: secret.clone(), ..Default::default() }).await.map(drop),
         Actor { channel: admin.channel.clone(), token: Some(format!("{secret} {secret}")) }.get("tok").await.map(drop),
     ] {

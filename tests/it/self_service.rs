@@ -96,9 +96,13 @@ async fn a_caller_is_judged_anew_for_each_call(world: World) {
     assert_eq!(admin.create(new_token("t", &[])).await.expect_err("switched off").code(), Code::Unauthenticated);
     root.activate(&id).await.expect("done");
     admin.issue("t", &[]).await;
-    root.update(proto::Token { id: id.clone(), scopes: vec!["keyward:self".to_owned()], ..Default::default() }, &["scopes"]).await.expect("done");
+    root.update(proto::Token { id: id.clone(), scopes: vec!["keyward:self".to_owned()], ..Default::default() }, &["scopes"])
+        .await
+        .expect("done");
     assert_eq!(admin.create(new_token("t", &[])).await.expect_err("no administrator any more").code(), Code::PermissionDenied);
-    root.update(proto::Token { id, allowed_cidrs: vec!["10.0.0.0/8".to_owned()], ..Default::default() }, &["allowed_cidrs"]).await.expect("done");
+    root.update(proto::Token { id, allowed_cidrs: vec!["10.0.0.0/8".to_owned()], ..Default::default() }, &["allowed_cidrs"])
+        .await
+        .expect("done");
     let status = admin.own().who_am_i(admin.request(proto::WhoAmIRequest {})).await.expect_err("not from here");
     assert_eq!(status.code(), Code::Unauthenticated);
 }

@@ -32,7 +32,10 @@ fn refusal(command: &mut Command) -> (i32, String) {
 
 fn serve(data: &Path) -> Command {
     let mut command = keyward();
-    command.args(["serve", "--listen", "127.0.0.1:0", "--metrics-listen", "off", "--data-dir"]).arg(data).current_dir(data.parent().expect("a parent"));
+    command
+        .args(["serve", "--listen", "127.0.0.1:0", "--metrics-listen", "off", "--data-dir"])
+        .arg(data)
+        .current_dir(data.parent().expect("a parent"));
     command
 }
 
@@ -53,7 +56,14 @@ fn wrong_settings_are_reported_together() {
     fs::write(folder.path().join("keyward.toml"), "log_fromat = \"json\"\ncache_tokens = \"many\"\n").expect("writable");
     let (code, said) = refusal(serve(&data).env("KEYWARD_LISTENN", "x").env("KEYWARD_DATABASE_URL", "postgres//u:hunter2@h"));
     assert_eq!(code, 2, "{said}");
-    for part in ["log_fromat", "did you mean log_format", "cache_tokens", "KEYWARD_LISTENN", "did you mean KEYWARD_LISTEN", "KEYWARD_DATABASE_URL must be"] {
+    for part in [
+        "log_fromat",
+        "did you mean log_format",
+        "cache_tokens",
+        "KEYWARD_LISTENN",
+        "did you mean KEYWARD_LISTEN",
+        "KEYWARD_DATABASE_URL must be",
+    ] {
         assert!(said.contains(part), "{part} is not in {said}");
     }
     assert!(!data.exists(), "nothing was made");
@@ -97,7 +107,8 @@ fn a_database_that_does_not_answer_is_named() {
     assert!(code == 1 && said.contains("PostgreSQL"), "{code} {said}");
     assert!(begin.elapsed() < Duration::from_secs(15));
     fs::create_dir_all(&data).expect("a folder");
-    fs::write(data.join("keyward.db"), "this is no database, it is a text of some length that SQLite will not take for one").expect("writable");
+    fs::write(data.join("keyward.db"), "this is no database, it is a text of some length that SQLite will not take for one")
+        .expect("writable");
     let (code, said) = refusal(&mut serve(&data));
     assert!(code == 1 && said.contains("keyward.db"), "{code} {said}");
     assert!(fs::read_to_string(data.join("keyward.db")).expect("still there").starts_with("this is no database"), "nothing was lost");

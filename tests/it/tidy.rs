@@ -138,7 +138,9 @@ fn owners_are_alone() {
     for file in rust_files(&root().join("src")) {
         let (own, text) = (room(&file), code(&read(&file)));
         for (name, owners) in OWNERS {
-            let starts = text.match_indices(name).filter(|(index, _)| !text[..*index].ends_with(|letter: char| letter.is_alphanumeric() || letter == '_' || letter == ':'));
+            let starts = text
+                .match_indices(name)
+                .filter(|(index, _)| !text[..*index].ends_with(|letter: char| letter.is_alphanumeric() || letter == '_' || letter == ':'));
             assert!(starts.count() == 0 || owners.contains(&own.as_str()), "{} names {name}, which belongs to {owners:?}", file.display());
         }
     }
@@ -158,13 +160,23 @@ fn every_file_says_what_it_answers() {
 fn every_invariant_names_a_test_that_exists() {
     let files: Vec<PathBuf> = ["src", "tests"].iter().flat_map(|folder| rust_files(&root().join(folder))).collect();
     let texts: BTreeMap<&PathBuf, String> = files.iter().map(|file| (file, read(file))).collect();
-    let tests: BTreeSet<&str> =
-        texts.values().flat_map(|text| text.split("fn ").skip(1)).filter_map(|rest| rest.split(|letter: char| !letter.is_alphanumeric() && letter != '_').next()).collect();
+    let tests: BTreeSet<&str> = texts
+        .values()
+        .flat_map(|text| text.split("fn ").skip(1))
+        .filter_map(|rest| rest.split(|letter: char| !letter.is_alphanumeric() && letter != '_').next())
+        .collect();
     let mut invariants = 0;
     for (file, text) in &texts {
-        let head: String = text.lines().take_while(|line| line.starts_with("//!")).map(|line| line.trim_start_matches("//!").trim()).collect::<Vec<_>>().join(" ");
+        let head: String = text
+            .lines()
+            .take_while(|line| line.starts_with("//!"))
+            .map(|line| line.trim_start_matches("//!").trim())
+            .collect::<Vec<_>>()
+            .join(" ");
         invariants += head.matches("Invariant:").count();
-        for quoted in head.split("(test").skip(1).flat_map(|part| part.split(')').next()).flat_map(|names| names.split('`').skip(1).step_by(2)) {
+        for quoted in
+            head.split("(test").skip(1).filter_map(|part| part.split(')').next()).flat_map(|names| names.split('`').skip(1).step_by(2))
+        {
             assert!(tests.contains(quoted), "{} names the test `{quoted}`, which does not exist", file.display());
         }
     }

@@ -133,7 +133,16 @@ async fn every_wrong_field_is_named(world: World) {
     assert_eq!(status.code(), Code::InvalidArgument);
     let named: HashSet<String> = fields(&status).into_iter().collect();
     for field in [
-        "kind", "display_name", "principal", "scopes[1]", "audiences[0]", "allowed_cidrs[0]", "metadata", "session_id", "expire_time", "request_id",
+        "kind",
+        "display_name",
+        "principal",
+        "scopes[1]",
+        "audiences[0]",
+        "allowed_cidrs[0]",
+        "metadata",
+        "session_id",
+        "expire_time",
+        "request_id",
     ] {
         assert!(named.contains(field), "{field} is not in {named:?}");
     }
@@ -152,7 +161,8 @@ async fn every_wrong_field_is_named(world: World) {
     let status = admin.list(request).await.expect_err("wrong in every field");
     let named: HashSet<String> = fields(&status).into_iter().collect();
     assert_eq!(named, ["page_size", "order_by", "states[0]", "page_token", "query"].map(str::to_owned).into());
-    let status = admin.update(proto::Token { id: "tok_1".to_owned(), ..Default::default() }, &["display_name", "state"]).await.expect_err("bad");
+    let status =
+        admin.update(proto::Token { id: "tok_1".to_owned(), ..Default::default() }, &["display_name", "state"]).await.expect_err("bad");
     assert_eq!(fields(&status), ["update_mask.paths[1]", "token.id", "token.display_name"]);
     let revoke = proto::RevokeTokenRequest { id: "x".to_owned(), reason: "x".repeat(201), ..Default::default() };
     let status = admin.tokens().revoke_token(admin.request(revoke)).await.expect_err("wrong in both fields");
@@ -161,7 +171,12 @@ async fn every_wrong_field_is_named(world: World) {
     let regenerate = proto::RegenerateTokenRequest { id: "x".to_owned(), grace, request_id: "a b".to_owned(), ..Default::default() };
     let status = admin.tokens().regenerate_token(admin.request(regenerate)).await.expect_err("wrong in three fields");
     assert_eq!(fields(&status), ["grace", "id", "request_id"]);
-    let named = proto::ListTokensRequest { principal: "a b".to_owned(), audience: "A".to_owned(), created_by: "ä".to_owned(), ..Default::default() };
+    let named = proto::ListTokensRequest {
+        principal: "a b".to_owned(),
+        audience: "A".to_owned(),
+        created_by: "ä".to_owned(),
+        ..Default::default()
+    };
     assert_eq!(fields(&admin.list(named).await.expect_err("wrong in three fields")), ["principal", "created_by", "audience"]);
     assert_eq!(admin.list(proto::ListTokensRequest::default()).await.expect("a list").tokens.len(), 2, "nothing was created");
 }
@@ -243,8 +258,13 @@ async fn lists_page_through_every_token_once(world: World) {
         let mut seen = Vec::new();
         let mut page_token = String::new();
         loop {
-            let request =
-                proto::ListTokensRequest { page_size: 7, page_token, order_by: order.to_owned(), query: "TOKEN ".to_owned(), ..Default::default() };
+            let request = proto::ListTokensRequest {
+                page_size: 7,
+                page_token,
+                order_by: order.to_owned(),
+                query: "TOKEN ".to_owned(),
+                ..Default::default()
+            };
             let page = admin.list(request).await.expect("a page");
             assert!(page.tokens.len() <= 7);
             seen.extend(page.tokens.into_iter().filter(|token| token.created_by == "admin").map(|token| token.id));
@@ -261,7 +281,10 @@ async fn lists_page_through_every_token_once(world: World) {
     // Tokens with all the settings that they may have: a page stays below what clients take.
     let metadata: std::collections::BTreeMap<_, _> = (0..32).map(|key| (format!("key {key}"), "€".repeat(256))).collect();
     for number in 0..140 {
-        admin.create(proto::CreateTokenRequest { metadata: metadata.clone(), ..new_token(&format!("large {number}"), &[]) }).await.expect("created");
+        admin
+            .create(proto::CreateTokenRequest { metadata: metadata.clone(), ..new_token(&format!("large {number}"), &[]) })
+            .await
+            .expect("created");
     }
     let (mut seen, mut pages, mut page_token) = (0, 0, String::new());
     loop {
@@ -283,9 +306,11 @@ async fn lists_filter_by_every_field(world: World) {
         lifetime: Some(Lifetime::Ttl(WireDuration { seconds: 3600, nanos: 0 })),
         ..new_token("100% Alice_1", &[])
     };
-    let (alice, alice_secret) = admin.create(request).await.map(|created| (created.token.expect("a token").id, created.secret)).expect("created");
+    let (alice, alice_secret) =
+        admin.create(request).await.map(|created| (created.token.expect("a token").id, created.secret)).expect("created");
     let (bob, _) = admin.issue("Bob\\", &[]).await;
-    let session = proto::CreateTokenRequest { kind: proto::TokenKind::Temporary.into(), session_id: "s1".to_owned(), ..new_token("login", &[]) };
+    let session =
+        proto::CreateTokenRequest { kind: proto::TokenKind::Temporary.into(), session_id: "s1".to_owned(), ..new_token("login", &[]) };
     let session = admin.create(session).await.expect("created").token.expect("a token").id;
     admin.deactivate(&bob.id).await.expect("done");
     let found = async |request: proto::ListTokensRequest| -> HashSet<String> {
@@ -408,13 +433,15 @@ async fn an_update_changes_what_the_mask_names_and_nothing_else(world: World) {
         ..Default::default()
     };
     assert_eq!(validator.ask(need).await.expect("an answer").verdict(), Verdict::Valid);
-    let cleared = admin.update(proto::Token { id: token.id.clone(), ..Default::default() }, &["audiences", "metadata"]).await.expect("done");
+    let cleared =
+        admin.update(proto::Token { id: token.id.clone(), ..Default::default() }, &["audiences", "metadata"]).await.expect("done");
     assert!(cleared.audiences.is_empty() && cleared.metadata.is_empty());
     let unknown = admin.update(wish.clone(), &["state", "use_count", "display_name"]).await.expect_err("not to be changed");
     assert_eq!(fields(&unknown), ["update_mask.paths[0]", "update_mask.paths[1]"]);
     let empty = admin.update(wish.clone(), &[]).await.expect_err("nothing named");
     assert_eq!(fields(&empty), ["update_mask"]);
-    let bad = admin.update(proto::Token { display_name: String::new(), scopes: vec!["x".to_owned()], ..wish }, &["display_name", "scopes"]).await;
+    let bad =
+        admin.update(proto::Token { display_name: String::new(), scopes: vec!["x".to_owned()], ..wish }, &["display_name", "scopes"]).await;
     assert_eq!(fields(&bad.expect_err("two wrong fields")), ["token.display_name", "token.scopes[0]"]);
     let same = admin.update(cleared.clone(), &["display_name"]).await.expect("nothing to change");
     assert_eq!(same.etag, cleared.etag, "what changes nothing is no change");
@@ -545,7 +572,8 @@ async fn a_deleted_token_is_gone(world: World) {
     ] {
         assert_eq!(status.code(), Code::NotFound);
     }
-    for request in [proto::ListTokensRequest::default(), proto::ListTokensRequest { audience: "billing".to_owned(), ..Default::default() }] {
+    for request in [proto::ListTokensRequest::default(), proto::ListTokensRequest { audience: "billing".to_owned(), ..Default::default() }]
+    {
         assert!(admin.list(request).await.expect("a page").tokens.iter().all(|token| token.id != id));
     }
 }
@@ -644,7 +672,10 @@ async fn every_change_leaves_its_audit_row(world: World) {
     let admin = world.admin().await;
     let (token, _) = admin.issue("t", &[]).await;
     let id = &token.id;
-    admin.update(proto::Token { id: id.clone(), display_name: "u".to_owned(), ..Default::default() }, &["display_name"]).await.expect("done");
+    admin
+        .update(proto::Token { id: id.clone(), display_name: "u".to_owned(), ..Default::default() }, &["display_name"])
+        .await
+        .expect("done");
     admin.deactivate(id).await.expect("done");
     admin.activate(id).await.expect("done");
     admin.regenerate(id, 60).await.expect("done");
@@ -660,7 +691,9 @@ async fn every_change_leaves_its_audit_row(world: World) {
         assert_eq!(world.db_number(&rows).await, 1, "{method}");
     }
     assert_eq!(world.db_number(&format!("SELECT COUNT(*) FROM audit_event WHERE token_id = '{id}'")).await, 7);
-    let named = format!("SELECT COUNT(*) FROM audit_event WHERE token_id = '{id}' AND method = 'RevokeToken' AND reason = 'test' AND after LIKE '%REVOKED%'");
+    let named = format!(
+        "SELECT COUNT(*) FROM audit_event WHERE token_id = '{id}' AND method = 'RevokeToken' AND reason = 'test' AND after LIKE '%REVOKED%'"
+    );
     assert_eq!(world.db_number(&named).await, 1);
 }
 
@@ -690,7 +723,8 @@ async fn a_fault_at_any_statement_leaves_no_half_change(world: World) {
         ("change_log", "INSERT"),
         ("replay", "UPDATE"),
     ] {
-        let created = admin.create(proto::CreateTokenRequest { audiences: vec!["a".to_owned()], ..new_token("t", &[]) }).await.expect("created");
+        let created =
+            admin.create(proto::CreateTokenRequest { audiences: vec!["a".to_owned()], ..new_token("t", &[]) }).await.expect("created");
         let (token, secret) = (created.token.expect("a token"), created.secret);
         assert_eq!(validator.verdict(&secret).await, Verdict::Valid);
         let rows = world.db_number("SELECT COUNT(*) FROM audit_event").await;
@@ -712,7 +746,11 @@ async fn a_fault_at_any_statement_leaves_no_half_change(world: World) {
             }
         }
         let written = world.db_number("SELECT COUNT(*) FROM audit_event").await - rows;
-        assert_eq!(usize::try_from(written).unwrap(), outcomes.len() - failed, "{table} {event}: an audit row for each change that was made, and no other");
+        assert_eq!(
+            usize::try_from(written).unwrap(),
+            outcomes.len() - failed,
+            "{table} {event}: an audit row for each change that was made, and no other"
+        );
         let now = admin.get(&token.id).await.expect("found");
         assert_eq!(now.etag, format!("v{}", 1 + written), "{table} {event}");
         if outcomes.iter().all(|(_, outcome)| outcome.is_err()) {

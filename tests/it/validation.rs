@@ -71,7 +71,10 @@ async fn every_verdict_has_its_cause(world: World) {
     }
     let needs = ["agents:list", "storage:delete", "keyward:root"].map(str::to_owned).to_vec();
     let lacking = ask(proto::ValidateTokenRequest { required_scopes: needs, ..good.clone() }).await;
-    assert_eq!((lacking.verdict(), lacking.missing_scopes), (Verdict::InsufficientScope, vec!["storage:delete".to_owned(), "keyward:root".to_owned()]));
+    assert_eq!(
+        (lacking.verdict(), lacking.missing_scopes),
+        (Verdict::InsufficientScope, vec!["storage:delete".to_owned(), "keyward:root".to_owned()])
+    );
     world.db_execute("UPDATE workspace SET suspended = true WHERE id = 'default'").await;
     let mut world = world;
     world.restart().await;
@@ -323,7 +326,16 @@ async fn verdicts_and_codes_are_counted(world: World) {
     ] {
         assert!(page.lines().any(|found| found == line), "{line} is not in\n{page}");
     }
-    for name in ["keyward_request_seconds_bucket", "keyward_cache_tokens", "keyward_cache_hits_total", "keyward_cache_misses_total", "keyward_store_seconds_sum", "keyward_usage_backlog_tokens", "keyward_build_info", "keyward_connections"] {
+    for name in [
+        "keyward_request_seconds_bucket",
+        "keyward_cache_tokens",
+        "keyward_cache_hits_total",
+        "keyward_cache_misses_total",
+        "keyward_store_seconds_sum",
+        "keyward_usage_backlog_tokens",
+        "keyward_build_info",
+        "keyward_connections",
+    ] {
         assert!(page.lines().any(|found| found.starts_with(name)), "{name} is not in\n{page}");
     }
     metrics_have_bounded_labels(&world, &secret).await;
@@ -383,7 +395,8 @@ fn who_joins_a_flight_after_a_revocation_reads_anew() {
             let (validator, secret) = (validator.clone(), secret.clone());
             async move { validator.verdict(&secret).await }
         });
-        eventually("the second call has joined it", async || (world.metric("keyward_cache_misses_total").await > misses).then_some(())).await;
+        eventually("the second call has joined it", async || (world.metric("keyward_cache_misses_total").await > misses).then_some(()))
+            .await;
         proxy.release();
         assert_eq!(late.await.expect("an answer"), Verdict::Revoked);
         // The first one overlaps the revocation and may have either answer, but an answer.

@@ -18,7 +18,10 @@ use keyward::{
     ambient::{Clock, Time},
     api::gate::Limits,
     config::{Config, Sources},
-    proto::{self, self_service_client::SelfServiceClient, token_service_client::TokenServiceClient, validation_service_client::ValidationServiceClient},
+    proto::{
+        self, self_service_client::SelfServiceClient, token_service_client::TokenServiceClient,
+        validation_service_client::ValidationServiceClient,
+    },
     server::Server,
 };
 use sea_orm::{ConnectionTrait as _, Database, DatabaseConnection, Statement};
@@ -135,7 +138,15 @@ impl World {
         if backend == Backend::Postgres {
             settings.insert("database_url", new_postgres_database().await);
         }
-        Self { backend, clock: Clock::by_hand(BEGINNING), folder, settings, limits: Limits::default(), server: None, root_token: String::new() }
+        Self {
+            backend,
+            clock: Clock::by_hand(BEGINNING),
+            folder,
+            settings,
+            limits: Limits::default(),
+            server: None,
+            root_token: String::new(),
+        }
     }
 
     pub fn config(&self) -> Config {
@@ -149,7 +160,7 @@ impl World {
     pub async fn try_start_server(&mut self) -> Result<(), String> {
         let mut server = Server::start_with(&self.config(), self.clock.clone(), self.limits).await?;
         if let Some(secret) = server.take_root_token() {
-            self.root_token = secret.reveal().to_owned();
+            secret.reveal().clone_into(&mut self.root_token);
         }
         self.server = Some(server);
         Ok(())
@@ -244,7 +255,8 @@ impl World {
     /// One number of that page.
     pub async fn metric(&self, name: &str) -> f64 {
         let page = self.metrics().await;
-        let line = page.lines().find(|line| line.starts_with(name) && line.as_bytes().get(name.len()).is_some_and(|byte| b" {".contains(byte)));
+        let line =
+            page.lines().find(|line| line.starts_with(name) && line.as_bytes().get(name.len()).is_some_and(|byte| b" {".contains(byte)));
         line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0.0)
     }
 
@@ -448,7 +460,7 @@ impl Postgres {
         let started = Self { port, folder, _watchdog: watchdog };
         let begin = Instant::now();
         while !started.answers(&bin) {
-            assert!(begin.elapsed() < Duration::from_secs(60), "PostgreSQL did not start: see {}", started.folder.display());
+            assert!(begin.elapsed() < Duration::from_mins(1), "PostgreSQL did not start: see {}", started.folder.display());
             std::thread::sleep(Duration::from_millis(50));
         }
         Some(started)
@@ -470,12 +482,6 @@ impl Postgres {
         let admin = Database::connect(self.url("postgres")).await.expect("the server");
         admin.execute_unprepared(&format!("CREATE DATABASE {name}")).await.expect("a database");
         self.url(&name)
-    }
-
-    /// The process id of its first process.
-    pub fn pid(&self) -> u32 {
-        let file = std::fs::read_to_string(self.folder.join("data/postmaster.pid")).expect("a pid file");
-        file.lines().next().and_then(|line| line.parse().ok()).expect("a pid")
     }
 }
 
