@@ -26,19 +26,5 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut config = tonic_prost_build::Config::new();
     config.skip_debug(SECRET);
     tonic_prost_build::configure().btree_map(".").compile_fds_with_config(compiler.file_descriptor_set(), config)?;
-    println!("cargo::rustc-env=KEYWARD_VERSION={}", version());
     Ok(())
-}
-
-/// The version, with the commit where there is one to ask.
-fn version() -> String {
-    println!("cargo::rerun-if-changed=.git/HEAD");
-    let commit = std::process::Command::new("git")
-        .args(["rev-parse", "--short=12", "HEAD"])
-        .output()
-        .ok()
-        .filter(|output| output.status.success())
-        .and_then(|output| String::from_utf8(output.stdout).ok());
-    let version = env!("CARGO_PKG_VERSION");
-    commit.map_or_else(|| version.to_owned(), |commit| format!("{version} ({})", commit.trim()))
 }

@@ -56,7 +56,7 @@ Exit codes:
 fn root() -> Command {
     Command::new("keyward")
         .about(ABOUT)
-        .version(env!("KEYWARD_VERSION"))
+        .version(crate::telemetry::VERSION)
         .after_help(AFTER)
         .subcommand_required(true)
         .arg_required_else_help(true)

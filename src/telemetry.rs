@@ -15,8 +15,8 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{config::LogFormat, grant::Verdict, validator::Stats};
 
-/// The version, with the commit that it was built from.
-pub const VERSION: &str = env!("KEYWARD_VERSION");
+/// The version of this program.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// gRPC status codes by their numbers.
 const CODES: [&str; 17] = [

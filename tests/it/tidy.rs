@@ -184,6 +184,16 @@ fn every_invariant_names_a_test_that_exists() {
 }
 
 #[test]
+fn the_readme_shows_every_setting() {
+    let readme = read(&root().join("README.md"));
+    for setting in &keyward::config::SETTINGS {
+        let default = if setting.default.is_empty() { "none".to_owned() } else { format!("`{}`", setting.default) };
+        let row = format!("| `{setting}` | {default} | {} |", setting.help);
+        assert!(readme.lines().any(|line| line == row), "the README lacks the row\n{row}");
+    }
+}
+
+#[test]
 fn every_dependency_says_why_it_is_there() {
     let manifest = read(&root().join("Cargo.toml"));
     let mut explained = false;

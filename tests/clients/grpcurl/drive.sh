@@ -92,7 +92,7 @@ is verdict VERDICT_REVOKED
 
 # Errors, with their details.
 call_fails InvalidArgument TokenService/CreateToken '{"displayName": "", "allowedCidrs": ["10.0.0.0/33"]}' "$KEYWARD_TOKEN"
-has google.rpc.BadRequest display_name 'allowed_cidrs[0]' google.rpc.ErrorInfo
+has google.rpc.BadRequest '"field":"display_name"' '"field":"allowed_cidrs[0]"' google.rpc.ErrorInfo '"domain":"keyward"'
 call_fails Unauthenticated TokenService/ListTokens '{}'
 call_fails Unauthenticated TokenService/ListTokens '{}' "$secret"
 call_fails NotFound TokenService/GetToken '{"id": "tok_0000000000000000000000"}' "$KEYWARD_TOKEN"
