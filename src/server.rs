@@ -59,7 +59,7 @@ pub struct Server {
     port: Arc<Port>,
     phase: watch::Sender<Phase>,
     health: HealthReporter,
-    tasks: Vec<JoinHandle<()>>,
+    metrics_task: Option<JoinHandle<()>>,
     lost: watch::Receiver<bool>,
 }
 
@@ -114,14 +114,12 @@ impl Server {
             port,
             phase,
             health,
-            tasks: Vec::new(),
+            metrics_task: None,
             lost,
             rooms,
         };
         server.spawn_ticks(lost_sender);
-        if let Some(listener) = metrics_listener {
-            server.tasks.push(tokio::spawn(serve_metrics(listener, server.rooms.clone())));
-        }
+        server.metrics_task = metrics_listener.map(|listener| tokio::spawn(serve_metrics(listener, server.rooms.clone())));
         tokio::spawn(Arc::clone(&server.port).accept(listener));
         set_health(&server.health, ServingStatus::Serving).await;
         tracing::info!(address = %server.address, version = telemetry::VERSION, database = ?config.database_url, "serving");
@@ -170,8 +168,8 @@ impl Server {
         set_health(&self.health, ServingStatus::NotServing).await;
         self.phase.send_replace(Phase::Draining);
         self.port.drained(&self.phase).await;
-        for task in &self.tasks {
-            task.abort();
+        if let Some(metrics) = &self.metrics_task {
+            metrics.abort();
         }
         let flushed = timeout(LAST_FLUSH_TIMEOUT, self.rooms.usage.flush(&self.rooms.store)).await;
         let closed = timeout(LAST_FLUSH_TIMEOUT, self.rooms.store.close()).await;
@@ -185,20 +183,20 @@ impl Server {
         }
     }
 
-    fn spawn_ticks(&mut self, lost: watch::Sender<bool>) {
+    fn spawn_ticks(&self, lost: watch::Sender<bool>) {
         let rooms = self.rooms.clone();
-        self.tasks.push(every(USAGE_INTERVAL, move || {
+        every(USAGE_INTERVAL, self.phase.subscribe(), move || {
             let rooms = rooms.clone();
             async move { report("counted uses could not be written; they are kept", rooms.usage.flush(&rooms.store).await) }
-        }));
+        });
         let rooms = self.rooms.clone();
-        self.tasks.push(every(PRUNE_INTERVAL, move || {
+        every(PRUNE_INTERVAL, self.phase.subscribe(), move || {
             let rooms = rooms.clone();
             async move { report("old rows could not be removed", rooms.issuer.tick(rooms.clock.now()).await) }
-        }));
+        });
         let rooms = self.rooms.clone();
         let lost = Arc::new(lost);
-        self.tasks.push(every(WATCH_INTERVAL, move || {
+        every(WATCH_INTERVAL, self.phase.subscribe(), move || {
             let (rooms, lost) = (rooms.clone(), Arc::clone(&lost));
             async move {
                 rooms.reload_certificates();
@@ -211,7 +209,7 @@ impl Server {
                     Err(error) => report("the database does not answer", Err(error)),
                 }
             }
-        }));
+        });
     }
 }
 
@@ -316,16 +314,25 @@ fn write_root_token(path: &Path, secret: &Secret) -> Result<(), String> {
     write().map_err(|error| format!("root_token_file {} cannot be written: {error}; nothing was created", path.display()))
 }
 
-/// Runs a tick again and again; one that takes long delays the next.
-fn every<F: Future<Output = ()> + Send>(period: Duration, mut tick: impl FnMut() -> F + Send + 'static) -> JoinHandle<()> {
+/// Runs a tick again and again until the drain begins; one that takes long delays the next, and one that has begun ends.
+fn every<F>(period: Duration, mut phase: watch::Receiver<Phase>, mut tick: impl FnMut() -> F + Send + 'static)
+where
+    F: Future<Output = ()> + Send,
+{
     tokio::spawn(async move {
         let mut interval = interval(period);
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            interval.tick().await;
+            let draining = tokio::select! {
+                _ = interval.tick() => false,
+                _ = phase.wait_for(|phase| *phase != Phase::Serving) => true,
+            };
+            if draining {
+                return;
+            }
             tick().await;
         }
-    })
+    });
 }
 
 /// Logs a failure of background work, which will be tried again.

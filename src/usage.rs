@@ -17,6 +17,20 @@ use crate::{
 
 const SHARDS: usize = 64;
 
+/// Uses on their way to the store. What did not arrive, whatever the reason, goes back where it came from.
+struct Taken<'a> {
+    usage: &'a Usage,
+    deltas: Vec<UseDelta>,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        for delta in self.deltas.drain(..) {
+            self.usage.add(delta);
+        }
+    }
+}
+
 /// Uses that the store does not know of yet.
 pub struct Usage {
     shards: [Mutex<HashMap<TokenId, UseDelta>>; SHARDS],
@@ -47,17 +61,13 @@ impl Usage {
     /// `Unavailable`, `Overloaded`: then it is kept for the next time.
     pub async fn flush(&self, store: &Store) -> Result<()> {
         let _alone = self.flushing.lock().await;
-        let mut deltas: Vec<UseDelta> = self.shards.iter().flat_map(|shard| std::mem::take(&mut *shard.lock()).into_values()).collect();
-        if deltas.is_empty() {
-            return Ok(());
+        let deltas = self.shards.iter().flat_map(|shard| std::mem::take(&mut *shard.lock()).into_values()).collect();
+        let mut taken = Taken { usage: self, deltas };
+        if !taken.deltas.is_empty() {
+            store.add_uses(&mut taken.deltas).await?;
+            taken.deltas.clear();
         }
-        let written = store.add_uses(&mut deltas).await;
-        if written.is_err() {
-            for delta in deltas {
-                self.add(delta);
-            }
-        }
-        written
+        Ok(())
     }
 
     fn add(&self, delta: UseDelta) {

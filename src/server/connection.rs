@@ -38,8 +38,8 @@ const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 /// The client connection preface (RFC 9113, section 3.4).
 const GREETING_BYTES: usize = 24;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// From the wish to stop to the last connection.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(25);
+/// From the wish to stop to the last connection: with the last writes after it, a stop takes at most 25 seconds.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
 /// After this a connection is asked to close, so that clients spread anew over the servers; up to a tenth more, so that they do not come at once.
 const CONNECTION_AGE_MAX: Duration = Duration::from_hours(1);
 /// How long it may take to do so.

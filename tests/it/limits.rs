@@ -186,7 +186,7 @@ async fn a_drain_has_an_end(mut world: World) {
     let begin = Instant::now();
     let server = world.take_server();
     timeout(Duration::from_secs(30), server.stop()).await.expect("an end within the limit").expect("a clean stop");
-    assert!(begin.elapsed() < Duration::from_secs(28), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(26), "{:?}", begin.elapsed());
     assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
 }
 

@@ -20,6 +20,7 @@
     reason = "a test fails by panicking, waits by the real clock, and reads best in one piece"
 )]
 
+mod cli;
 mod clients;
 mod contract;
 mod crash;
