@@ -284,3 +284,35 @@ async fn reflection_serves_both_versions(world: World) {
 fn tokio_stream<T: Send + 'static>(message: T) -> impl tonic::IntoStreamingRequest<Message = T> {
     tonic::Request::new(tokio_stream::once(message))
 }
+
+/// A server with few file descriptors: beyond them it waits, and goes on when some are free again.
+#[test]
+fn running_out_of_file_descriptors_is_outlived() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let port = crate::world::free_port();
+    let serve = format!(
+        "ulimit -n 64; exec {} serve --listen 127.0.0.1:{port} --metrics-listen off --workers 1 --data-dir {}",
+        env!("CARGO_BIN_EXE_keyward"),
+        folder.path().join("data").display()
+    );
+    let log = std::fs::File::create(folder.path().join("log")).expect("writable");
+    let mut server = std::process::Command::new("sh").args(["-c", &serve]).stdout(std::process::Stdio::null()).stderr(log).spawn().expect("it runs");
+    let said = |text: &str| std::fs::read_to_string(folder.path().join("log")).expect("readable").contains(text);
+    crate::world::runtime().block_on(async {
+        eventually("the server serves", async || said("serving").then_some(())).await;
+        let mut crowd = Vec::new();
+        for _ in 0..100 {
+            crowd.push(TcpStream::connect(("127.0.0.1", port)).await.expect("the system takes it"));
+        }
+        eventually("it has run out", async || said("could not be accepted").then_some(())).await;
+        drop(crowd);
+        let health = eventually("it answers again", async || {
+            let channel = tonic::transport::Channel::from_shared(format!("http://127.0.0.1:{port}")).expect("an address").connect().await.ok()?;
+            HealthClient::new(channel).check(HealthCheckRequest::default()).await.ok()
+        })
+        .await;
+        assert_eq!(health.into_inner().status(), ServingStatus::Serving);
+    });
+    server.kill().expect("it ran");
+    server.wait().expect("an end");
+}
