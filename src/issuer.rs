@@ -7,12 +7,18 @@
 //! `an_administrator_cannot_take_over_a_root_token`).
 //! Invariant: what belongs to another workspace is not found (test `tokens_of_another_workspace_are_not_found`).
 
+mod listing;
+mod replay;
 mod rules;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use serde_json::{Value, json};
 
+use replay::Replay;
+
+pub use listing::ListRequest;
+pub use replay::RequestId;
 pub use rules::Lifetime;
 
 use crate::{
@@ -22,17 +28,10 @@ use crate::{
     error::{Error, Result, Violations},
     grant::{Kind, ShownState, State, Token},
     scope::Scope,
-    store::{AuditEvent, Claim, Cursor, Filter, Order, OrderKey, Store, Tx},
-    token::{self, Digest, Issued, Keyring, Prefix, Secret, TokenId},
+    store::{AuditEvent, Store, Tx},
+    token::{Digest, Issued, Keyring, Prefix, Secret, TokenId},
 };
 
-/// How long the answer to a `request_id` is kept.
-const REPLAY_LIFETIME: Duration = Duration::from_mins(10);
-const PAGE_SIZE_DEFAULT: u64 = 50;
-const PAGE_SIZE_MAX: u64 = 1_000;
-const PAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
-/// What a token takes on a page beside its settings, at most.
-const PAGE_TOKEN_BYTES: usize = 1_024;
 /// How long the log of changes is kept.
 const LOG_LIFETIME: Duration = Duration::from_hours(1);
 
@@ -80,46 +79,6 @@ pub struct TokenPatch {
     pub expire_time: Option<Time>,
     /// As in [`NewToken`].
     pub violations: Violations,
-}
-
-/// Which tokens, how many, from where on, as it was asked for.
-#[derive(Clone, Debug, Default)]
-pub struct ListRequest {
-    /// Empty: the caller's.
-    pub workspace: String,
-    /// Temporary rather than permanent ones.
-    pub temporary: bool,
-    /// Empty: any.
-    pub principal: String,
-    /// Empty: any.
-    pub audience: String,
-    /// None: any.
-    pub states: Vec<ShownState>,
-    /// Empty: any.
-    pub created_by: String,
-    /// Only those that end before this instant.
-    pub expires_before: Option<Time>,
-    /// Only those that were last used before this instant, or never.
-    pub last_used_before: Option<Time>,
-    /// Empty: any.
-    pub query: String,
-    /// Empty: newest first.
-    pub order_by: String,
-    /// 0: as usual.
-    pub page_size: i32,
-    /// Empty: the first page.
-    pub page_token: String,
-    /// As in [`NewToken`].
-    pub violations: Violations,
-}
-
-/// A caller's own name for a request, and what tells it from other requests.
-#[derive(Clone, Debug)]
-pub struct RequestId {
-    /// The name; empty: the call is not to be repeated safely.
-    pub id: String,
-    /// The request's own bytes.
-    pub request: Vec<u8>,
 }
 
 /// One existing token, and what the caller has seen of it.
@@ -259,48 +218,6 @@ impl Issuer {
     pub async fn presented(&self, caller: &Caller) -> Result<Token> {
         let id = presented_id(caller)?;
         self.store.token(id, None).await?.ok_or(Error::NotFound("token"))
-    }
-
-    /// A page of tokens, and what gets the next one.
-    ///
-    /// # Errors
-    /// `Invalid`, `NotFound` (the workspace), `Unavailable`, `Overloaded`.
-    pub async fn list(&self, caller: &Caller, request: ListRequest, now: Time) -> Result<(Vec<Token>, Option<String>)> {
-        let workspace = caller.workspace(&request.workspace)?.to_owned();
-        let mut violations = request.violations;
-        let order = violations.take("order_by", order(&request.order_by));
-        let limit = violations.take("page_size", page_size(request.page_size));
-        let query = some(request.query).and_then(|query| violations.take("query", rules::query(&query)));
-        let principal = some(request.principal).and_then(|id| violations.take("principal", rules::principal(&id)));
-        let created_by = some(request.created_by).and_then(|id| violations.take("created_by", rules::principal(&id)));
-        let audience = some(request.audience).and_then(|name| violations.take("audience", rules::audience(&name)));
-        let filter = Filter {
-            workspace,
-            kind: if request.temporary { Kind::Temporary } else { Kind::Permanent },
-            principal,
-            audience,
-            states: request.states,
-            created_by,
-            expires_before: request.expires_before,
-            last_used_before: request.last_used_before,
-            query,
-        };
-        let purpose = token::fingerprint(&[b"page", format!("{filter:?} {order:?}").as_bytes()]);
-        let after = some(request.page_token).and_then(|text| violations.take("page_token", self.open_page(&purpose, &text)));
-        violations.finish()?;
-        let (Some(order), Some(limit)) = (order, limit) else {
-            return Err(Error::Internal("a violation was lost".into()));
-        };
-        if *filter.workspace != *caller.workspace && !self.store.has_workspace(&filter.workspace).await? {
-            return Err(Error::NotFound("workspace"));
-        }
-        let mut tokens = self.store.tokens(&filter, order, after.as_ref(), limit + 1, now).await?;
-        let found = tokens.len();
-        tokens.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
-        cut_to_page(&mut tokens);
-        let more = tokens.len() < found;
-        let next = tokens.last().filter(|_| more).map(|last| self.seal_page(&purpose, &Cursor::after(last, order))).transpose()?;
-        Ok((tokens, next))
     }
 
     /// Changes settings.
@@ -590,87 +507,10 @@ impl Issuer {
             self.cache.bury(digest);
         }
     }
-
-    async fn claim(&self, tx: &Tx<'_>, method: &str, caller: &Caller, request: &RequestId, now: Time) -> Result<Replay> {
-        if request.id.is_empty() {
-            return Ok(Replay::New(None));
-        }
-        let actor = caller.token_id.map(|id| id.to_string()).unwrap_or_default();
-        let key = token::fingerprint(&[
-            method.as_bytes(),
-            caller.workspace.as_bytes(),
-            caller.principal.as_bytes(),
-            actor.as_bytes(),
-            request.id.as_bytes(),
-        ]);
-        match tx.claim(&key, &token::fingerprint(&[&request.request]), now + REPLAY_LIFETIME, now).await? {
-            Claim::Mine => Ok(Replay::New(Some(key))),
-            Claim::Misused => Err(Error::invalid("request_id", "was used for another request within the last 10 minutes; take a new one")),
-            Claim::Answered(sealed) => {
-                let kept = self.keyring.open(&key, &sealed).and_then(|plain| Kept::read(&plain));
-                kept.map(Replay::Answered).ok_or_else(|| Error::Internal("a kept answer does not open".into()))
-            }
-        }
-    }
-
-    async fn keep(&self, tx: &Tx<'_>, replay: Option<[u8; 32]>, id: TokenId, secret: &Secret, grace_time: Option<Time>) -> Result<()> {
-        match replay {
-            None => Ok(()),
-            Some(key) => {
-                let plain = zeroize::Zeroizing::new(format!("{id} {} {}", secret.reveal(), grace_time.map_or(0, Time::micros)));
-                tx.keep_answer(&key, self.keyring.seal(&key, plain.as_bytes())?).await
-            }
-        }
-    }
-
-    /// The first answer's secret, with the token as it is now.
-    async fn answer_again(&self, kept: Kept, tx: Tx<'_>) -> Result<(Token, Kept)> {
-        let (token, digests) = tx.token(kept.id, None).await?.ok_or(Error::NotFound("token"))?;
-        self.bury(&digests);
-        Ok((token, kept))
-    }
-
-    fn seal_page(&self, purpose: &[u8], cursor: &Cursor) -> Result<String> {
-        let sealed = self.keyring.seal(purpose, format!("{} {}", cursor.id, cursor.key).as_bytes())?;
-        Ok(base64::Engine::encode(&base64::engine::general_purpose::URL_SAFE_NO_PAD, sealed))
-    }
-
-    fn open_page(&self, purpose: &[u8], text: &str) -> std::result::Result<Cursor, &'static str> {
-        const RULE: &str =
-            "must be the next_page_token of the page before, with the same arguments otherwise; leave it empty to start again";
-        let sealed = base64::Engine::decode(&base64::engine::general_purpose::URL_SAFE_NO_PAD, text).map_err(|_| RULE)?;
-        let plain = self.keyring.open(purpose, &sealed).and_then(|plain| String::from_utf8(plain).ok()).ok_or(RULE)?;
-        let (id, key) = plain.split_once(' ').ok_or(RULE)?;
-        Ok(Cursor { id: TokenId::parse(id).ok_or(RULE)?, key: key.to_owned() })
-    }
 }
 
 const REVOKED: &str = "the token was revoked, which is for good; create a new one";
 const EXPIRED: &str = "the token has expired; create a new one";
-
-/// What is kept of the answer to a `request_id`.
-struct Kept {
-    id: TokenId,
-    secret: Secret,
-    grace_time: Option<Time>,
-}
-
-impl Kept {
-    fn read(plain: &[u8]) -> Option<Self> {
-        let mut words = std::str::from_utf8(plain).ok()?.split(' ');
-        let id = TokenId::parse(words.next()?)?;
-        let secret = Secret::from(words.next()?.to_owned());
-        let grace: i64 = words.next()?.parse().ok()?;
-        Some(Self { id, secret, grace_time: (grace > 0).then(|| Time::from_micros(grace)) })
-    }
-}
-
-enum Replay {
-    /// The first call; with the key to keep its answer under, if it is to be kept.
-    New(Option<[u8; 32]>),
-    /// It was answered before.
-    Answered(Kept),
-}
 
 /// Runs a change to its end, whether or not its caller still waits.
 async fn detached<T: Send + 'static>(change: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
@@ -792,42 +632,4 @@ fn event<'a>(
         before: before.map(settings),
         after: after.map(settings),
     }
-}
-
-/// Keeps a page below what clients take by default, 4 MiB: one token may hold 60 KiB of settings.
-fn cut_to_page(tokens: &mut Vec<Token>) {
-    let mut bytes = 0;
-    let fits = |token: &Token| {
-        bytes += PAGE_TOKEN_BYTES + settings(token).to_string().len();
-        bytes <= PAGE_BYTES_MAX
-    };
-    let count = tokens.iter().map(fits).take_while(|fits| *fits).count();
-    tokens.truncate(count.max(1));
-}
-
-fn some(text: String) -> Option<String> {
-    (!text.is_empty()).then_some(text)
-}
-
-fn page_size(asked: i32) -> std::result::Result<u64, &'static str> {
-    match u64::try_from(asked) {
-        Err(_) => Err("must not be negative; 0 means 50"),
-        Ok(0) => Ok(PAGE_SIZE_DEFAULT),
-        Ok(size) => Ok(size.min(PAGE_SIZE_MAX)),
-    }
-}
-
-fn order(text: &str) -> std::result::Result<Order, &'static str> {
-    let (key, descending) = match text.strip_suffix(" desc") {
-        Some(key) => (key, true),
-        None => (text, text.is_empty()),
-    };
-    let key = match key {
-        "" if text.is_empty() => OrderKey::CreateTime,
-        "create_time" => OrderKey::CreateTime,
-        "display_name" => OrderKey::DisplayName,
-        "expire_time" => OrderKey::ExpireTime,
-        _ => return Err("must be create_time, display_name or expire_time, each also with ` desc`"),
-    };
-    Ok(Order { key, descending })
 }

@@ -1,0 +1,149 @@
+//! Lists of tokens, page by page.
+//!
+//! Invariant: a page token gets the next page of the list that it came from, and of no other (test
+//! `page_tokens_are_bound_to_their_arguments`).
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+
+use super::{Issuer, rules, settings};
+use crate::{
+    ambient::Time,
+    caller::Caller,
+    error::{Error, Result, Violations},
+    grant::{Kind, ShownState, Token},
+    store::{Cursor, Filter, Order, OrderKey},
+    token::{self, TokenId},
+};
+
+const PAGE_SIZE_DEFAULT: u64 = 50;
+const PAGE_SIZE_MAX: u64 = 1_000;
+const PAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
+/// What a token takes on a page beside its settings, at most.
+const PAGE_TOKEN_BYTES: usize = 1_024;
+
+/// Which tokens, how many, from where on, as it was asked for.
+#[derive(Clone, Debug, Default)]
+pub struct ListRequest {
+    /// Empty: the caller's.
+    pub workspace: String,
+    /// Temporary rather than permanent ones.
+    pub temporary: bool,
+    /// Empty: any.
+    pub principal: String,
+    /// Empty: any.
+    pub audience: String,
+    /// None: any.
+    pub states: Vec<ShownState>,
+    /// Empty: any.
+    pub created_by: String,
+    /// Only those that end before this instant.
+    pub expires_before: Option<Time>,
+    /// Only those that were last used before this instant, or never.
+    pub last_used_before: Option<Time>,
+    /// Empty: any.
+    pub query: String,
+    /// Empty: newest first.
+    pub order_by: String,
+    /// 0: as usual.
+    pub page_size: i32,
+    /// Empty: the first page.
+    pub page_token: String,
+    /// As in [`NewToken`].
+    pub violations: Violations,
+}
+
+impl Issuer {
+    /// A page of tokens, and what gets the next one.
+    ///
+    /// # Errors
+    /// `Invalid`, `NotFound` (the workspace), `Unavailable`, `Overloaded`.
+    pub async fn list(&self, caller: &Caller, request: ListRequest, now: Time) -> Result<(Vec<Token>, Option<String>)> {
+        let workspace = caller.workspace(&request.workspace)?.to_owned();
+        let mut violations = request.violations;
+        let order = violations.take("order_by", order(&request.order_by));
+        let limit = violations.take("page_size", page_size(request.page_size));
+        let query = some(request.query).and_then(|query| violations.take("query", rules::query(&query)));
+        let principal = some(request.principal).and_then(|id| violations.take("principal", rules::principal(&id)));
+        let created_by = some(request.created_by).and_then(|id| violations.take("created_by", rules::principal(&id)));
+        let audience = some(request.audience).and_then(|name| violations.take("audience", rules::audience(&name)));
+        let filter = Filter {
+            workspace,
+            kind: if request.temporary { Kind::Temporary } else { Kind::Permanent },
+            principal,
+            audience,
+            states: request.states,
+            created_by,
+            expires_before: request.expires_before,
+            last_used_before: request.last_used_before,
+            query,
+        };
+        let purpose = token::fingerprint(&[b"page", format!("{filter:?} {order:?}").as_bytes()]);
+        let after = some(request.page_token).and_then(|text| violations.take("page_token", self.open_page(&purpose, &text)));
+        violations.finish()?;
+        let (Some(order), Some(limit)) = (order, limit) else {
+            return Err(Error::Internal("a violation was lost".into()));
+        };
+        if *filter.workspace != *caller.workspace && !self.store.has_workspace(&filter.workspace).await? {
+            return Err(Error::NotFound("workspace"));
+        }
+        let mut tokens = self.store.tokens(&filter, order, after.as_ref(), limit + 1, now).await?;
+        let found = tokens.len();
+        tokens.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+        cut_to_page(&mut tokens);
+        let more = tokens.len() < found;
+        let next = tokens.last().filter(|_| more).map(|last| self.seal_page(&purpose, &Cursor::after(last, order))).transpose()?;
+        Ok((tokens, next))
+    }
+
+    fn seal_page(&self, purpose: &[u8], cursor: &Cursor) -> Result<String> {
+        let sealed = self.keyring.seal(purpose, format!("{} {}", cursor.id, cursor.key).as_bytes())?;
+        Ok(URL_SAFE_NO_PAD.encode(sealed))
+    }
+
+    fn open_page(&self, purpose: &[u8], text: &str) -> std::result::Result<Cursor, &'static str> {
+        const RULE: &str =
+            "must be the next_page_token of the page before, with the same arguments otherwise; leave it empty to start again";
+        let sealed = URL_SAFE_NO_PAD.decode(text).map_err(|_| RULE)?;
+        let plain = self.keyring.open(purpose, &sealed).and_then(|plain| String::from_utf8(plain).ok()).ok_or(RULE)?;
+        let (id, key) = plain.split_once(' ').ok_or(RULE)?;
+        Ok(Cursor { id: TokenId::parse(id).ok_or(RULE)?, key: key.to_owned() })
+    }
+}
+
+/// Keeps a page below what clients take by default, 4 MiB: one token may hold 60 KiB of settings.
+fn cut_to_page(tokens: &mut Vec<Token>) {
+    let mut bytes = 0;
+    let fits = |token: &Token| {
+        bytes += PAGE_TOKEN_BYTES + settings(token).to_string().len();
+        bytes <= PAGE_BYTES_MAX
+    };
+    let count = tokens.iter().map(fits).take_while(|fits| *fits).count();
+    tokens.truncate(count.max(1));
+}
+
+fn some(text: String) -> Option<String> {
+    (!text.is_empty()).then_some(text)
+}
+
+fn page_size(asked: i32) -> std::result::Result<u64, &'static str> {
+    match u64::try_from(asked) {
+        Err(_) => Err("must not be negative; 0 means 50"),
+        Ok(0) => Ok(PAGE_SIZE_DEFAULT),
+        Ok(size) => Ok(size.min(PAGE_SIZE_MAX)),
+    }
+}
+
+fn order(text: &str) -> std::result::Result<Order, &'static str> {
+    let (key, descending) = match text.strip_suffix(" desc") {
+        Some(key) => (key, true),
+        None => (text, text.is_empty()),
+    };
+    let key = match key {
+        "" if text.is_empty() => OrderKey::CreateTime,
+        "create_time" => OrderKey::CreateTime,
+        "display_name" => OrderKey::DisplayName,
+        "expire_time" => OrderKey::ExpireTime,
+        _ => return Err("must be create_time, display_name or expire_time, each also with ` desc`"),
+    };
+    Ok(Order { key, descending })
+}
