@@ -26,6 +26,8 @@ const READ_AGE_MAX: Duration = Duration::from_secs(10);
 /// Longer than any read that could still be admitted.
 const TOMBSTONE_AGE_MAX: Duration = Duration::from_secs(20);
 const SHARDS: usize = 64;
+/// Younger than every ticket.
+const EMBARGO: u64 = u64::MAX;
 
 /// What the store says of a digest.
 #[derive(Clone, Debug)]
@@ -75,6 +77,8 @@ pub struct Cache {
     facts: sync::Cache<Digest, Fact, UnitWeighter, DigestState>,
     tombstones: [Mutex<HashMap<Digest, Tombstone, DigestState>>; SHARDS],
     generation: AtomicU64,
+    /// What was read before this generation is not admitted.
+    floor: AtomicU64,
 }
 
 impl Cache {
@@ -93,6 +97,7 @@ impl Cache {
             ),
             tombstones: std::array::from_fn(|_| Mutex::default()),
             generation: AtomicU64::new(0),
+            floor: AtomicU64::new(0),
         }
     }
 
@@ -125,7 +130,8 @@ impl Cache {
     pub fn admit(&self, digest: Digest, fact: Fact, ticket: Ticket) -> bool {
         let tombstones = self.shard(&digest).lock();
         let buried = tombstones.get(&digest).is_some_and(|tombstone| tombstone.generation > ticket.generation);
-        if buried || ticket.since.elapsed() >= READ_AGE_MAX {
+        let cleared = ticket.generation < self.floor.load(Ordering::SeqCst);
+        if buried || cleared || ticket.since.elapsed() >= READ_AGE_MAX {
             return false;
         }
         // Under the lock, so that no change is announced between the look at its tombstone and the insertion.
@@ -141,10 +147,28 @@ impl Cache {
         self.facts.remove(digest);
     }
 
+    /// Admits nothing for this digest until it is buried: a change of it may still be made.
+    pub fn embargo(&self, digest: &Digest) {
+        let mut tombstones = self.shard(digest).lock();
+        tombstones.insert(*digest, Tombstone { generation: EMBARGO, since: Stopwatch::start() });
+        self.facts.remove(digest);
+    }
+
+    /// Forgets everything, and admits nothing that was read before now.
+    pub fn clear(&self) {
+        let floor = self.generation.fetch_add(1, Ordering::SeqCst) + 1;
+        self.floor.store(floor, Ordering::SeqCst);
+        // An admission that looked at the floor before it was raised still holds its shard.
+        for shard in &self.tombstones {
+            drop(shard.lock());
+        }
+        self.facts.clear();
+    }
+
     /// Forgets tombstones that no read can be older than. For memory only.
     pub fn prune(&self) {
         for shard in &self.tombstones {
-            shard.lock().retain(|_, tombstone| tombstone.since.elapsed() < TOMBSTONE_AGE_MAX);
+            shard.lock().retain(|_, tombstone| tombstone.generation == EMBARGO || tombstone.since.elapsed() < TOMBSTONE_AGE_MAX);
         }
     }
 
@@ -173,6 +197,26 @@ mod tests {
         assert!(cache.admit(digest(2), Fact::Absent, before), "another token is not touched");
         assert!(cache.admit(digest(1), Fact::Absent, cache.ticket()), "a read that begins after it is admitted");
         assert!(cache.get(&digest(1)).is_some());
+    }
+
+    #[test]
+    fn an_embargo_lasts_until_the_change_is_certain() {
+        let cache = Cache::new(10);
+        cache.embargo(&digest(1));
+        cache.prune();
+        assert!(!cache.admit(digest(1), Fact::Absent, cache.ticket()));
+        cache.bury(&digest(1));
+        assert!(cache.admit(digest(1), Fact::Absent, cache.ticket()));
+    }
+
+    #[test]
+    fn clearing_forgets_what_is_known_and_what_is_on_its_way() {
+        let cache = Cache::new(10);
+        let before = cache.ticket();
+        assert!(cache.admit(digest(1), Fact::Absent, before));
+        cache.clear();
+        assert!(cache.is_empty() && !cache.admit(digest(2), Fact::Absent, before));
+        assert!(cache.admit(digest(2), Fact::Absent, cache.ticket()));
     }
 
     #[test]

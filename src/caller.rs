@@ -11,6 +11,9 @@ use crate::{
     token::TokenId,
 };
 
+/// No workspace has a longer id.
+const WORKSPACE_CHARS_MAX: usize = 63;
+
 /// What a method asks of its caller.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Access {
@@ -106,6 +109,9 @@ impl Caller {
     pub fn workspace<'a>(&'a self, asked: &'a str) -> Result<&'a str> {
         match self.management_reach() {
             _ if asked.is_empty() => Ok(&self.workspace),
+            _ if asked.len() > WORKSPACE_CHARS_MAX || !asked.bytes().all(|byte| byte.is_ascii_graphic()) => {
+                Err(Error::NotFound("workspace"))
+            }
             Some(own) if own != asked => Err(Error::NotFound("workspace")),
             _ => Ok(asked),
         }
@@ -187,6 +193,9 @@ mod tests {
         assert_eq!(caller(&["keyward:root"]).workspace("other").ok(), Some("other"));
         assert_eq!(caller(&["keyward:admin"]).workspace("").ok(), Some("default"));
         assert!(matches!(caller(&["keyward:admin"]).workspace("other"), Err(Error::NotFound("workspace"))));
+        for id in ["a\0b", "a b", &"a".repeat(64)] {
+            assert!(matches!(caller(&["keyward:root"]).workspace(id), Err(Error::NotFound("workspace"))), "{id:?} is no id");
+        }
         assert_eq!(caller(&["keyward:admin"]).validation_reach(), Some("default"));
         assert_eq!(caller(&["keyward:validate-any"]).validation_reach(), None);
     }

@@ -139,7 +139,11 @@ pub struct Config {
 #[must_use]
 #[expect(clippy::disallowed_methods, reason = "this room is the owner of the environment")]
 pub fn environment() -> BTreeMap<String, String> {
-    std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.to_string_lossy().into_owned()))).collect()
+    // An empty variable says nothing, as in most programs.
+    std::env::vars_os()
+        .filter(|(_, value)| !value.is_empty())
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.to_string_lossy().into_owned())))
+        .collect()
 }
 
 impl Config {

@@ -54,11 +54,13 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Invalid(violations) => {
-                for (index, violation) in violations.iter().enumerate() {
-                    let separator = if index == 0 { "" } else { "; " };
-                    write!(f, "{separator}{}: {}", violation.field, violation.rule)?;
+                if let Some(first) = violations.first() {
+                    write!(f, "{}: {}", first.field, first.rule)?;
                 }
-                Ok(())
+                match violations.len() {
+                    0 | 1 => Ok(()),
+                    count => write!(f, " (and {} more, in the details)", count - 1),
+                }
             }
             Self::Denied(text) => f.write_str(text),
             Self::Unauthenticated(text) | Self::Precondition(text) | Self::Overloaded(text) => f.write_str(text),
@@ -85,14 +87,25 @@ impl std::error::Error for Error {
     }
 }
 
-/// Collects every broken rule of a request, so that the caller hears of all of them at once.
+/// Errors travel in headers, of which clients take 8 KiB by default.
+const VIOLATIONS_MAX: usize = 16;
+
+/// Collects every broken rule of a request, so that the caller hears of all of them at once; of very many, of the first 16 and how many
+/// there are.
 #[derive(Clone, Debug, Default)]
-pub struct Violations(Vec<Violation>);
+pub struct Violations {
+    named: Vec<Violation>,
+    unnamed: usize,
+}
 
 impl Violations {
     /// Notes a broken rule.
     pub fn add(&mut self, field: impl Into<String>, rule: impl Into<String>) {
-        self.0.push(Violation { field: field.into(), rule: rule.into() });
+        if self.named.len() < VIOLATIONS_MAX {
+            self.named.push(Violation { field: field.into(), rule: rule.into() });
+        } else {
+            self.unnamed += 1;
+        }
     }
 
     /// Takes the value, or notes the rule that it breaks.
@@ -101,8 +114,14 @@ impl Violations {
     }
 
     /// An error if any rule was broken.
-    pub fn finish(self) -> Result<()> {
-        if self.0.is_empty() { Ok(()) } else { Err(Error::Invalid(self.0)) }
+    pub fn finish(mut self) -> Result<()> {
+        if self.named.is_empty() {
+            return Ok(());
+        }
+        if self.unnamed > 0 {
+            self.named.push(Violation { field: "…".to_owned(), rule: format!("{} more rules are broken", self.unnamed) });
+        }
+        Err(Error::Invalid(self.named))
     }
 }
 
@@ -124,6 +143,17 @@ mod tests {
         violations.add("a", "must be short");
         violations.add("b", "must be long");
         let error = violations.finish().expect_err("two rules are broken");
-        assert_eq!(error.to_string(), "a: must be short; b: must be long");
+        assert_eq!(error.to_string(), "a: must be short (and 1 more, in the details)");
+        assert!(matches!(error, Error::Invalid(named) if named.len() == 2));
+    }
+
+    #[test]
+    fn very_many_violations_are_counted() {
+        let mut violations = Violations::default();
+        for number in 0..60_000 {
+            violations.add(format!("field[{number}]"), "must be short");
+        }
+        let Err(Error::Invalid(named)) = violations.finish() else { panic!("rules are broken") };
+        assert_eq!((named.len(), named[16].rule.as_str()), (17, "59984 more rules are broken"));
     }
 }

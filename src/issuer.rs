@@ -1,8 +1,9 @@
 //! The control plane: tokens are created, listed, changed, given new secrets and ended.
 //!
 //! Invariant: a change runs to its end once it has begun, whether or not its caller still waits, and is announced to the cache before the
-//! call returns, also when its commit failed: it may have been made all the same (tests `a_cancelled_change_is_whole`,
-//! `a_change_is_effective_when_its_call_returns`).
+//! call returns (tests `a_cancelled_change_is_whole`, `a_change_is_effective_when_its_call_returns`).
+//! Invariant: while it is uncertain whether a change was made, nothing is kept of what is read of its token (test
+//! `a_commit_that_comes_late_leaves_no_old_fact`).
 //! Invariant: nobody grants what they do not hold, or changes a token that holds more than they do (test
 //! `an_administrator_cannot_take_over_a_root_token`).
 //! Invariant: what belongs to another workspace is not found (test `tokens_of_another_workspace_are_not_found`).
@@ -14,8 +15,9 @@ mod rules;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 
-use replay::Replay;
+use replay::{Replay, answer_again};
 
 pub use listing::ListRequest;
 pub use replay::RequestId;
@@ -34,6 +36,10 @@ use crate::{
 
 /// How long the log of changes is kept.
 const LOG_LIFETIME: Duration = Duration::from_hours(1);
+/// How often a change whose outcome is uncertain is asked about.
+const SETTLE_INTERVAL: Duration = Duration::from_millis(500);
+/// Changes that are made or wait for their turn; more are refused rather than queued. They outlive their callers.
+const CHANGES_MAX: usize = 512;
 
 /// What a new token shall be, as it was asked for.
 #[derive(Clone, Debug, Default)]
@@ -121,23 +127,24 @@ pub struct Issuer {
     keyring: Arc<Keyring>,
     cache: Arc<Cache>,
     store: Arc<Store>,
+    changes: Arc<Semaphore>,
 }
 
 impl Issuer {
     /// One that issues tokens of this keyring.
     #[must_use]
     pub fn new(keyring: Arc<Keyring>, cache: Arc<Cache>, store: Arc<Store>) -> Arc<Self> {
-        Arc::new(Self { keyring, cache, store })
+        Arc::new(Self { keyring, cache, store, changes: Arc::new(Semaphore::new(CHANGES_MAX)) })
     }
 
     /// On a store where nothing was ever made: makes the workspace `default` and one root token. `keep` gets the secret before it counts.
     ///
     /// # Errors
     /// `Unavailable`, and whatever `keep` fails with.
-    pub async fn bootstrap(&self, now: Time, keep: impl FnOnce(&Secret) -> Result<()>) -> Result<Option<Secret>> {
+    pub async fn bootstrap(&self, now: Time, keep: impl FnOnce(&Secret) -> Result<()>) -> Result<()> {
         let tx = self.store.begin_change().await?;
         if !tx.is_empty().await? {
-            return Ok(None);
+            return Ok(());
         }
         let prefix = "kw".parse::<Prefix>().map_err(|rule| Error::Internal(rule.into()))?;
         let root = "keyward:root".parse::<Scope>().map_err(|rule| Error::Internal(rule.into()))?;
@@ -171,8 +178,7 @@ impl Issuer {
         tx.insert_token(&token, &issued.digest).await?;
         tx.audit([event("Bootstrap", None, &token, "", None, Some(&token), now)]).await?;
         keep(&issued.secret)?;
-        tx.commit(now).await?;
-        Ok(Some(issued.secret))
+        tx.commit(now).await
     }
 
     /// Creates a token.
@@ -181,17 +187,22 @@ impl Issuer {
     /// `Invalid`, `Denied` (a scope that the caller does not hold), `NotFound` (the workspace), `Unavailable`, `Overloaded`.
     pub async fn create(self: &Arc<Self>, caller: Caller, new: NewToken, request: RequestId, now: Time) -> Result<(Token, Secret)> {
         let issuer = Arc::clone(self);
-        detached(async move { issuer.create_now(&caller, new, &request, now).await }).await
+        self.detached(async move { issuer.create_now(&caller, new, &request, now).await }).await
     }
 
-    async fn create_now(&self, caller: &Caller, new: NewToken, request: &RequestId, now: Time) -> Result<(Token, Secret)> {
-        let mut token = draft(caller, new, request, now)?;
+    async fn create_now(self: &Arc<Self>, caller: &Caller, new: NewToken, request: &RequestId, now: Time) -> Result<(Token, Secret)> {
+        let drafted = match draft(caller, new, request, now) {
+            Err(error) if !request.is_named() => return Err(error),
+            drafted => drafted,
+        };
         let tx = self.store.begin_creation().await?;
-        let prefix = tx.prefix(&token.workspace).await?.ok_or(Error::NotFound("workspace"))?;
+        // First what was answered: what it asked for may have been possible then and not be now.
         let replay = match self.claim(&tx, "CreateToken", caller, request, now).await? {
-            Replay::Answered(kept) => return self.answer_again(kept, tx).await.map(|(token, kept)| (token, kept.secret)),
+            Replay::Answered(kept) => return answer_again(&kept, caller, false, &tx).await.map(|token| (token, kept.secret)),
             Replay::New(replay) => replay,
         };
+        let mut token = drafted?;
+        let prefix = tx.prefix(&token.workspace).await?.ok_or(Error::NotFound("workspace"))?;
         let issued = self.keyring.issue(&prefix)?;
         token.hint = issued.secret.hint();
         tx.ensure_principal(&token.workspace, &token.principal, now).await?;
@@ -296,7 +307,7 @@ impl Issuer {
             }
         };
         let issuer = Arc::clone(self);
-        detached(async move { issuer.change_now("RevokeSelf", &caller, &target, &reason, true, change, now).await }).await
+        self.detached(async move { issuer.change_now("RevokeSelf", &caller, &target, &reason, true, change, now).await }).await
     }
 
     /// Gives a token a new secret.
@@ -312,7 +323,7 @@ impl Issuer {
         now: Time,
     ) -> Result<Regenerated> {
         let issuer = Arc::clone(self);
-        detached(async move { issuer.regenerate_now("RegenerateToken", &caller, &target, grace, &request, false, now).await }).await
+        self.detached(async move { issuer.regenerate_now("RegenerateToken", &caller, &target, grace, &request, false, now).await }).await
     }
 
     /// Gives the token that the caller presented a new secret.
@@ -322,12 +333,12 @@ impl Issuer {
     pub async fn regenerate_self(self: &Arc<Self>, caller: Caller, grace: Grace, request: RequestId, now: Time) -> Result<Regenerated> {
         let target = Target { id: presented_id(&caller)?.to_string(), etag: String::new() };
         let issuer = Arc::clone(self);
-        detached(async move { issuer.regenerate_now("RegenerateSelf", &caller, &target, grace, &request, true, now).await }).await
+        self.detached(async move { issuer.regenerate_now("RegenerateSelf", &caller, &target, grace, &request, true, now).await }).await
     }
 
     #[expect(clippy::too_many_arguments, reason = "what the two methods differ in, and what the call brings")]
     async fn regenerate_now(
-        &self,
+        self: &Arc<Self>,
         method: &'static str,
         caller: &Caller,
         target: &Target,
@@ -346,7 +357,7 @@ impl Issuer {
         let mut tx = self.store.begin_change().await?;
         let replay = match self.claim(&tx, method, caller, request, now).await? {
             Replay::Answered(kept) => {
-                let (token, kept) = self.answer_again(kept, tx).await?;
+                let token = answer_again(&kept, caller, own, &tx).await?;
                 return Ok(Regenerated { token, secret: kept.secret, grace_time: kept.grace_time });
             }
             Replay::New(replay) => replay,
@@ -375,7 +386,7 @@ impl Issuer {
     /// As [`Issuer::update`].
     pub async fn delete(self: &Arc<Self>, caller: Caller, target: Target, now: Time) -> Result<()> {
         let issuer = Arc::clone(self);
-        detached(async move {
+        self.detached(async move {
             let id = parse_id("id", &target.id)?;
             let mut tx = issuer.store.begin_change().await?;
             let found = issuer.find(&tx, &caller, id, false).await;
@@ -410,22 +421,22 @@ impl Issuer {
         let reason = violations.take("reason", rules::reason(reason)).unwrap_or_default();
         violations.finish()?;
         let (issuer, principal) = (Arc::clone(self), principal.to_owned());
-        detached(async move {
+        self.detached(async move {
             let mut tx = issuer.store.begin_change().await?;
             tx.prefix(&workspace).await?.ok_or(Error::NotFound("workspace"))?;
             let live = tx.live_tokens(&workspace, &principal, now).await?;
-            let mut events = Vec::with_capacity(live.len());
-            for (token, digests) in &live {
+            for (token, _) in &live {
                 caller.outranks(&token.scopes)?;
+            }
+            let digests: Vec<Digest> = live.iter().flat_map(|(_, digests)| digests).copied().collect();
+            tx.revoke_live_tokens(&workspace, &principal, &reason, &digests, now).await?;
+            tx.audit(live.iter().map(|(token, _)| {
                 let mut ended = token.clone();
                 end(&mut ended, &reason, now);
                 ended.version += 1;
-                ended.update_time = now;
-                tx.update_token(&ended, digests).await?;
-                events.push(event("RevokePrincipalTokens", Some(&caller), token, &reason, Some(token), Some(&ended), now));
-            }
-            tx.audit(events).await?;
-            let digests: Vec<Digest> = live.iter().flat_map(|(_, digests)| digests).copied().collect();
+                event("RevokePrincipalTokens", Some(&caller), token, &reason, Some(token), Some(&ended), now)
+            }))
+            .await?;
             issuer.conclude(tx, &digests, now).await?;
             Ok(live.len())
         })
@@ -451,13 +462,13 @@ impl Issuer {
         now: Time,
     ) -> Result<Token> {
         let issuer = Arc::clone(self);
-        detached(async move { issuer.change_now(method, &caller, &target, &reason, false, change, now).await }).await
+        self.detached(async move { issuer.change_now(method, &caller, &target, &reason, false, change, now).await }).await
     }
 
     /// Changes one token, unless it is as wished already. Either way the change is announced: a call before may have made it and failed.
     #[expect(clippy::too_many_arguments, reason = "what the methods differ in, and what the call brings")]
     async fn change_now(
-        &self,
+        self: &Arc<Self>,
         method: &'static str,
         caller: &Caller,
         target: &Target,
@@ -495,11 +506,41 @@ impl Issuer {
         Ok(found)
     }
 
-    /// Commits, and announces the change even if the commit failed: it may have been made before the connection broke.
-    async fn conclude(&self, tx: Tx<'_>, digests: &[Digest], now: Time) -> Result<()> {
+    /// Commits and announces the change. A commit that failed may have been made all the same, or may still be made: until that is
+    /// certain, nothing that is read of these digests is kept.
+    async fn conclude(self: &Arc<Self>, tx: Tx<'_>, digests: &[Digest], now: Time) -> Result<()> {
         let committed = tx.commit(now).await;
-        self.bury(digests);
+        if committed.is_err() {
+            for digest in digests {
+                self.cache.embargo(digest);
+            }
+            tokio::spawn(Arc::clone(self).settle(digests.to_vec()));
+        } else {
+            self.bury(digests);
+        }
         committed
+    }
+
+    /// Lifts an embargo. Whoever holds the lock of changes knows that the changes before have ended, one way or the other.
+    async fn settle(self: Arc<Self>, digests: Vec<Digest>) {
+        loop {
+            match self.store.begin_change().await {
+                Ok(_lock) => return self.bury(&digests),
+                Err(error) => tracing::warn!(%error, "a change whose outcome is uncertain is not settled yet"),
+            }
+            tokio::time::sleep(SETTLE_INTERVAL).await;
+        }
+    }
+
+    /// Runs a change to its end, whether or not its caller still waits.
+    async fn detached<T: Send + 'static>(&self, change: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+        let permit = Arc::clone(&self.changes).try_acquire_owned();
+        let permit = permit.map_err(|_| Error::Overloaded("too many changes are waiting; try again"))?;
+        let task = async move {
+            let _permit = permit;
+            change.await
+        };
+        tokio::spawn(task).await.map_err(|error| Error::Internal(error.into()))?
     }
 
     fn bury(&self, digests: &[Digest]) {
@@ -511,11 +552,6 @@ impl Issuer {
 
 const REVOKED: &str = "the token was revoked, which is for good; create a new one";
 const EXPIRED: &str = "the token has expired; create a new one";
-
-/// Runs a change to its end, whether or not its caller still waits.
-async fn detached<T: Send + 'static>(change: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
-    tokio::spawn(change).await.map_err(|error| Error::Internal(error.into()))?
-}
 
 /// The token that is asked for, without its secret.
 fn draft(caller: &Caller, new: NewToken, request: &RequestId, now: Time) -> Result<Token> {

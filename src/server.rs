@@ -33,7 +33,7 @@ use crate::{
     config::Config,
     error::Error,
     issuer::Issuer,
-    store::Store,
+    store::{Hold, Store},
     telemetry::{self, Metrics},
     token::{Keyring, Secret},
     usage::Usage,
@@ -46,15 +46,14 @@ const USAGE_INTERVAL: Duration = Duration::from_secs(1);
 const PRUNE_INTERVAL: Duration = Duration::from_secs(10);
 /// How often certificates and the exclusive use of the database are looked after.
 const WATCH_INTERVAL: Duration = Duration::from_secs(3);
-/// How long a clean stop tries to write counted uses.
-const LAST_FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a clean stop tries to write counted uses and to close the database.
+const LAST_WRITES_TIMEOUT: Duration = Duration::from_secs(5);
 const METRICS_CONNECTIONS_MAX: usize = 64;
 
 /// A server that answers.
 pub struct Server {
     address: SocketAddr,
     metrics_address: Option<SocketAddr>,
-    root_token: Option<Secret>,
     rooms: Rooms,
     port: Arc<Port>,
     phase: watch::Sender<Phase>,
@@ -67,6 +66,7 @@ pub struct Server {
 #[derive(Clone)]
 struct Rooms {
     clock: Clock,
+    cache: Arc<Cache>,
     store: Arc<Store>,
     usage: Arc<Usage>,
     validator: Arc<Validator>,
@@ -76,19 +76,17 @@ struct Rooms {
 }
 
 impl Server {
-    /// Starts one. Returns when it answers.
+    /// Starts one. Returns when it answers. On an empty store `show` gets the root token and the address where it will be good, before it counts:
+    /// what cannot be shown is not made.
     ///
     /// # Errors
     /// A sentence for the operator: what is wrong and what to do.
-    pub async fn start(config: &Config, clock: Clock) -> Result<Self, String> {
-        Self::start_with(config, clock, gate::Limits::default()).await
-    }
-
-    /// As [`Server::start`], with limits of one's own.
-    ///
-    /// # Errors
-    /// As [`Server::start`].
-    pub async fn start_with(config: &Config, clock: Clock, limits: gate::Limits) -> Result<Self, String> {
+    pub async fn start(
+        config: &Config,
+        clock: Clock,
+        limits: gate::Limits,
+        show: impl FnOnce(&Secret, SocketAddr) -> Result<(), String>,
+    ) -> Result<Self, String> {
         install_crypto_provider();
         // First what is quick to fail, and only then what leaves traces.
         let certificates = config.tls.as_ref().map(Certificates::load).transpose()?.map(Arc::new);
@@ -98,7 +96,9 @@ impl Server {
             None => None,
         };
         let metrics = Arc::new(Metrics::new(&gate::counted_names()));
-        let (rooms, root_token) = Rooms::open(config, clock, Arc::clone(&metrics), certificates.clone()).await?;
+        let address = local_address(&listener)?;
+        let show = |secret: &Secret| show(secret, address);
+        let rooms = Rooms::open(config, clock, Arc::clone(&metrics), certificates.clone(), show).await?;
         let health = HealthReporter::new();
         set_health(&health, ServingStatus::NotServing).await;
         let api = Api { validator: Arc::clone(&rooms.validator), issuer: Arc::clone(&rooms.issuer), metrics: Arc::clone(&metrics) };
@@ -108,9 +108,8 @@ impl Server {
         let port = Port::new(gate, certificates, metrics, phase_receiver);
         let (lost_sender, lost) = watch::channel(false);
         let mut server = Self {
-            address: local_address(&listener)?,
+            address,
             metrics_address: metrics_listener.as_ref().map(local_address).transpose()?,
-            root_token,
             port,
             phase,
             health,
@@ -136,11 +135,6 @@ impl Server {
     #[must_use]
     pub fn metrics_address(&self) -> Option<SocketAddr> {
         self.metrics_address
-    }
-
-    /// The root token, if this was the first start on an empty store; once.
-    pub fn take_root_token(&mut self) -> Option<Secret> {
-        self.root_token.take()
     }
 
     /// Reads the certificates again, now.
@@ -171,15 +165,16 @@ impl Server {
         if let Some(metrics) = &self.metrics_task {
             metrics.abort();
         }
-        let flushed = timeout(LAST_FLUSH_TIMEOUT, self.rooms.usage.flush(&self.rooms.store)).await;
-        let closed = timeout(LAST_FLUSH_TIMEOUT, self.rooms.store.close()).await;
-        match flushed {
-            Ok(Ok(())) if matches!(closed, Ok(Ok(()))) => {
+        let end = async {
+            self.rooms.usage.flush(&self.rooms.store).await?;
+            self.rooms.store.close().await
+        };
+        match timeout(LAST_WRITES_TIMEOUT, end).await {
+            Ok(Ok(())) => {
                 tracing::info!("stopped");
                 Ok(())
             }
-            Ok(Ok(())) => Err("the database did not close cleanly".to_owned()),
-            _ => Err(format!("the uses of {} tokens could not be written and are lost", self.rooms.usage.backlog())),
+            _ => Err(format!("the database did not take everything; the uses of {} tokens are lost", self.rooms.usage.backlog())),
         }
     }
 
@@ -201,8 +196,14 @@ impl Server {
             async move {
                 rooms.reload_certificates();
                 match rooms.store.hold().await {
-                    Ok(true) => {}
-                    Ok(false) => {
+                    Ok(Hold::Kept) => {}
+                    Ok(Hold::Retaken) => {
+                        tracing::warn!(
+                            "the connection that keeps the database ours was lost and taken anew: everything known is forgotten"
+                        );
+                        rooms.cache.clear();
+                    }
+                    Ok(Hold::Lost) => {
                         tracing::error!("another keyward has taken this database: this one stops");
                         lost.send_replace(true);
                     }
@@ -219,7 +220,8 @@ impl Rooms {
         clock: Clock,
         metrics: Arc<Metrics>,
         certificates: Option<Arc<Certificates>>,
-    ) -> Result<(Self, Option<Secret>), String> {
+        show: impl FnOnce(&Secret) -> Result<(), String>,
+    ) -> Result<Self, String> {
         make_folder(&config.data_dir)?;
         let observed = Arc::clone(&metrics);
         let observer = Box::new(move |verb, elapsed, failed| observed.store(verb, elapsed, failed));
@@ -228,16 +230,16 @@ impl Rooms {
         let cache = Arc::new(Cache::new(config.cache_tokens));
         let usage = Arc::new(Usage::default());
         let issuer = Issuer::new(Arc::clone(&keyring), Arc::clone(&cache), Arc::clone(&store));
-        let keep = |secret: &Secret| match &config.root_token_file {
-            Some(path) => write_root_token(path, secret).map_err(|error| Error::Internal(error.into())),
-            None => Ok(()),
+        let keep = |secret: &Secret| {
+            let written = config.root_token_file.as_ref().map_or(Ok(()), |path| write_root_token(path, secret));
+            written.and_then(|()| show(secret)).map_err(|error| Error::Internal(error.into()))
         };
-        let root_token = issuer.bootstrap(clock.now(), keep).await.map_err(|error| match error {
+        issuer.bootstrap(clock.now(), keep).await.map_err(|error| match error {
             Error::Internal(source) => source.to_string(),
             error => error.to_string(),
         })?;
-        let validator = Validator::new(keyring, cache, Arc::clone(&store), Arc::clone(&usage));
-        Ok((Self { clock, store, usage, validator, issuer, metrics, certificates }, root_token))
+        let validator = Validator::new(keyring, Arc::clone(&cache), Arc::clone(&store), Arc::clone(&usage));
+        Ok(Self { clock, cache, store, usage, validator, issuer, metrics, certificates })
     }
 
     fn reload_certificates(&self) {

@@ -17,10 +17,12 @@ use std::{
     fmt,
     fs::{File, OpenOptions, TryLockError},
     future::Future,
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use sea_orm::{
     ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbBackend, DbErr, RuntimeErr, Statement,
     sqlx::{
@@ -29,7 +31,10 @@ use sea_orm::{
     },
 };
 use sea_orm_migration::{MigratorTrait as _, SchemaManager};
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::timeout,
+};
 
 pub use audit::AuditEvent;
 pub use tokens::{Cursor, Filter, Order, OrderKey};
@@ -37,9 +42,9 @@ pub use transaction::{Claim, Tx};
 pub use usage::UseDelta;
 
 use crate::{
-    ambient::Stopwatch,
+    ambient::{Stopwatch, Time},
     error::{Error, Result},
-    token::{Keyring, Kid},
+    token::{self, Keyring, Kid},
 };
 
 /// How long work waits for its turn and then for a connection.
@@ -48,7 +53,7 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
 const WORK_TIMEOUT: Duration = Duration::from_secs(8);
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(6);
 const POSTGRES_CONNECTIONS: u32 = 16;
-const SQLITE_READERS: u32 = 4;
+const SQLITE_READERS: u32 = 6;
 /// SQLite 3.7.0 to 3.51.2 can corrupt a database when its WAL is reset.
 const SQLITE_VERSION_MIN: (u32, u32, u32) = (3, 51, 3);
 /// "keyward" in a PostgreSQL advisory lock: one for migrations, one for serving.
@@ -97,8 +102,11 @@ impl std::str::FromStr for DatabaseUrl {
 pub struct Store {
     reader: DatabaseConnection,
     writer: DatabaseConnection,
+    facts_permits: Semaphore,
     read_permits: Semaphore,
     write_permits: Semaphore,
+    /// When the database last did what it was asked.
+    success: Mutex<Stopwatch>,
     observer: Observer,
     /// What keeps a second server away: dropped last.
     exclusive: Exclusive,
@@ -106,7 +114,18 @@ pub struct Store {
 
 enum Exclusive {
     Folder { _lock: File },
-    Session { url: String, connection: tokio::sync::Mutex<sqlx::PgConnection> },
+    Session { url: String, name: String, connection: tokio::sync::Mutex<sqlx::PgConnection> },
+}
+
+/// Whether the database is ours alone.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Hold {
+    /// It is, and was all the time.
+    Kept,
+    /// It is again: for a moment, another server may have changed it.
+    Retaken,
+    /// Another server has it.
+    Lost,
 }
 
 /// How the schema in the database compares with the one that this program needs.
@@ -136,6 +155,8 @@ impl Store {
 
     async fn open_sqlite(path: &Path, observer: Observer) -> std::result::Result<Self, String> {
         let lock = lock_folder(path)?;
+        // SQLite gives the files beside it the mode of the database.
+        own_file(path)?;
         let shown = path.display();
         let failed = |error: DbErr| format!("the database {shown} cannot be opened: {}", cause(&error));
         let writer = Database::connect(sqlite_options(path, 1, false)).await.map_err(failed)?;
@@ -148,8 +169,11 @@ impl Store {
         Ok(Self {
             reader,
             writer,
-            read_permits: Semaphore::new(SQLITE_READERS as usize),
+            // Some connections are left for facts, however many lists are asked for.
+            facts_permits: Semaphore::new(SQLITE_READERS as usize),
+            read_permits: Semaphore::new(SQLITE_READERS as usize / 2),
             write_permits: Semaphore::new(1),
+            success: Mutex::new(Stopwatch::start()),
             observer,
             exclusive: Exclusive::Folder { _lock: lock },
         })
@@ -173,17 +197,21 @@ impl Store {
         if single::<bool>(&pool, "SELECT pg_is_in_recovery()").await.map_err(failed)? {
             return Err("database_url leads to a PostgreSQL standby: name the primary".to_owned());
         }
-        let mut session = sqlx::PgConnection::connect(url).await.map_err(|error| failed(sqlx_error(error)))?;
+        // No two servers have the same name, so that ours tells its own lost connections from another server's.
+        let name = format!("keyward {}", token::event_id(Time::from_micros(0)).map_err(|error| error.to_string())?);
+        let mut session = connect_session(url, &name).await.map_err(|error| failed(sqlx_error(error)))?;
         if !take_lock(&mut session).await.map_err(|error| failed(sqlx_error(error)))? {
             return Err("another keyward is using this PostgreSQL database: this version runs one server on a database".to_owned());
         }
         Ok(Self {
             reader: pool.clone(),
             writer: pool,
-            read_permits: Semaphore::new(POSTGRES_CONNECTIONS as usize / 2),
-            write_permits: Semaphore::new(POSTGRES_CONNECTIONS as usize / 2),
+            facts_permits: Semaphore::new(POSTGRES_CONNECTIONS as usize / 2),
+            read_permits: Semaphore::new(POSTGRES_CONNECTIONS as usize / 4),
+            write_permits: Semaphore::new(POSTGRES_CONNECTIONS as usize / 4),
+            success: Mutex::new(Stopwatch::start()),
             observer,
-            exclusive: Exclusive::Session { url: url.to_owned(), connection: tokio::sync::Mutex::new(session) },
+            exclusive: Exclusive::Session { url: url.to_owned(), name, connection: tokio::sync::Mutex::new(session) },
         })
     }
 
@@ -221,11 +249,18 @@ impl Store {
         if self.backend() != DbBackend::Postgres {
             return migrations::Migrator::up(&self.writer, None).await;
         }
-        let mut session = self.writer.get_postgres_connection_pool().acquire().await.map_err(sqlx_error)?;
+        let Exclusive::Session { url, .. } = &self.exclusive else { return Ok(()) };
+        // Connections of their own: building an index may take longer than a call may.
+        let mut options = ConnectOptions::new(url);
+        options.max_connections(2).sqlx_logging(false).record_stmt_in_spans(false);
+        let pool = Database::connect(options).await?;
+        let mut session = pool.get_postgres_connection_pool().acquire().await.map_err(sqlx_error)?;
         sqlx::query("SELECT pg_advisory_lock($1)").bind(LOCK_MIGRATE).execute(&mut *session).await.map_err(sqlx_error)?;
-        let result = migrations::Migrator::up(&self.writer, None).await;
+        let result = migrations::Migrator::up(&pool, None).await;
         let unlock = sqlx::query("SELECT pg_advisory_unlock($1)").bind(LOCK_MIGRATE).execute(&mut *session).await;
-        result.and(unlock.map(drop).map_err(sqlx_error))
+        drop(session);
+        let closed = pool.close().await;
+        result.and(unlock.map(drop).map_err(sqlx_error)).and(closed)
     }
 
     fn backend(&self) -> DbBackend {
@@ -240,20 +275,23 @@ impl Store {
         self.reading("ping", async { self.reader.execute_unprepared("SELECT 1").await.map(drop) }).await
     }
 
-    /// Makes sure that no other server uses this database: on PostgreSQL the lock is gone with its connection and is taken anew. Says whether
-    /// the database is still ours.
+    /// Makes sure that no other server uses this database: on PostgreSQL the lock is gone with its connection and is taken anew.
     ///
     /// # Errors
     /// `Unavailable` if the database does not answer.
-    pub async fn hold(&self) -> Result<bool> {
-        let Exclusive::Session { url, connection } = &self.exclusive else { return Ok(true) };
+    pub async fn hold(&self) -> Result<Hold> {
+        let Exclusive::Session { url, name, connection } = &self.exclusive else { return Ok(Hold::Kept) };
         let work = async {
             let mut connection = connection.lock().await;
             if connection.ping().await.is_ok() {
-                return Ok(true);
+                return Ok(Hold::Kept);
             }
-            *connection = sqlx::PgConnection::connect(url).await?;
-            take_lock(&mut connection).await
+            let mut session = connect_session(url, name).await?;
+            if !take_lock(&mut session).await? {
+                return Ok(Hold::Lost);
+            }
+            *connection = session;
+            Ok(Hold::Retaken)
         };
         match timeout(WORK_TIMEOUT, work).await {
             Ok(held) => held.map_err(|error| translate(sqlx_error(error))),
@@ -339,27 +377,73 @@ impl Store {
         self.bounded(verb, &self.write_permits, work).await
     }
 
+    /// Runs a read of facts, which lists do not keep waiting.
+    async fn reading_facts<T>(&self, work: impl Future<Output = std::result::Result<T, DbErr>>) -> Result<T> {
+        self.bounded("facts", &self.facts_permits, work).await
+    }
+
     async fn bounded<T>(
         &self,
         verb: &'static str,
         permits: &Semaphore,
         work: impl Future<Output = std::result::Result<T, DbErr>>,
     ) -> Result<T> {
-        let permit = timeout(ACQUIRE_TIMEOUT, permits.acquire()).await.map_err(|_| Error::Overloaded("the store is busy; try again"))?;
-        let _permit = permit.map_err(|closed| Error::Unavailable(closed.into()))?;
+        let _permit = self.permit(permits).await?;
         let watch = Stopwatch::start();
         let result = match timeout(WORK_TIMEOUT, work).await {
             Ok(result) => result.map_err(translate),
             Err(elapsed) => Err(Error::Unavailable(elapsed.into())),
         };
-        (self.observer)(verb, watch.elapsed(), result.is_err());
+        self.observe(verb, watch, result.is_err());
         result
+    }
+
+    /// Waits for a turn. That none comes means too much work if the database works, and an outage if it does not.
+    async fn permit<'a>(&self, permits: &'a Semaphore) -> Result<SemaphorePermit<'a>> {
+        match timeout(ACQUIRE_TIMEOUT, permits.acquire()).await {
+            Ok(permit) => permit.map_err(|closed| Error::Unavailable(closed.into())),
+            Err(_) if self.success.lock().elapsed() < ACQUIRE_TIMEOUT => Err(Error::Overloaded("the store is busy; try again")),
+            Err(elapsed) => Err(Error::Unavailable(elapsed.into())),
+        }
+    }
+
+    fn observe(&self, verb: &'static str, watch: Stopwatch, failed: bool) {
+        if !failed {
+            *self.success.lock() = Stopwatch::start();
+        }
+        (self.observer)(verb, watch.elapsed(), failed);
     }
 }
 
-/// Takes the lock that keeps a second server away, for as long as the connection lives. Says whether it was free.
+/// A connection that nothing but the lock lives on. Both ends notice within seconds when the other is gone.
+async fn connect_session(url: &str, name: &str) -> std::result::Result<sqlx::PgConnection, sqlx::Error> {
+    let options = url.parse::<sqlx::postgres::PgConnectOptions>()?.application_name(name).options([
+        ("tcp_keepalives_idle", "5"),
+        ("tcp_keepalives_interval", "2"),
+        ("tcp_keepalives_count", "3"),
+        ("tcp_user_timeout", "10000"),
+    ]);
+    sqlx::PgConnection::connect_with(&options).await
+}
+
+/// Takes the lock that keeps a second server away, for as long as the connection lives. Says whether it was free. If a connection of our own that we have
+/// lost still holds it, PostgreSQL is told that it is gone.
 async fn take_lock(session: &mut sqlx::PgConnection) -> std::result::Result<bool, sqlx::Error> {
-    sqlx::query_scalar("SELECT pg_try_advisory_lock($1)").bind(LOCK_SERVE).fetch_one(session).await
+    const ATTEMPTS: u32 = 20;
+    for _ in 0..ATTEMPTS {
+        if sqlx::query_scalar("SELECT pg_try_advisory_lock($1)").bind(LOCK_SERVE).fetch_one(&mut *session).await? {
+            return Ok(true);
+        }
+        let ended = sqlx::query(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = current_setting('application_name') \
+             AND usename = current_user AND pid <> pg_backend_pid()",
+        );
+        if ended.fetch_all(&mut *session).await?.is_empty() {
+            return Ok(false);
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(false)
 }
 
 /// Takes the lock on the folder of the database, so that no second process writes to it.
@@ -368,8 +452,7 @@ fn lock_folder(path: &Path) -> std::result::Result<File, String> {
     let shown = folder.display();
     std::fs::create_dir_all(folder).map_err(|error| format!("the folder {shown} cannot be made: {error}"))?;
     let lock = folder.join("keyward.lock");
-    let open = OpenOptions::new().create(true).truncate(false).write(true).open(&lock);
-    let file = open.map_err(|error| format!("{} cannot be opened: {error}", lock.display()))?;
+    let file = own_file(&lock)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => {
@@ -377,6 +460,12 @@ fn lock_folder(path: &Path) -> std::result::Result<File, String> {
         }
         Err(TryLockError::Error(error)) => Err(format!("{} cannot be locked: {error}", lock.display())),
     }
+}
+
+/// Opens a file, made for our eyes only if it is missing.
+fn own_file(path: &Path) -> std::result::Result<File, String> {
+    let open = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path);
+    open.map_err(|error| format!("{} cannot be opened: {error}", path.display()))
 }
 
 fn sqlite_options(path: &Path, connections: u32, read_only: bool) -> ConnectOptions {

@@ -1,7 +1,7 @@
 //! Logs and metrics.
 //!
-//! Invariant: libraries through whose hands tokens and statements pass log warnings at most, whatever the level
-//! (test `no_secret_is_anywhere`).
+//! Libraries through whose hands tokens and statements pass log warnings at most, whatever the level: what they write at TRACE is theirs to change.
+//!
 //! Invariant: no label of a metric holds what a caller sent: names come from our own lists (test `metrics_have_bounded_labels`).
 
 use std::{collections::HashMap, time::Duration};

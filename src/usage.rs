@@ -16,6 +16,8 @@ use crate::{
 };
 
 const SHARDS: usize = 64;
+/// Tokens whose uses are written at once: below the databases' limits on parameters.
+const ROWS_MAX: usize = 5_000;
 
 /// Uses on their way to the store. What did not arrive, whatever the reason, goes back where it came from.
 struct Taken<'a> {
@@ -63,9 +65,13 @@ impl Usage {
         let _alone = self.flushing.lock().await;
         let deltas = self.shards.iter().flat_map(|shard| std::mem::take(&mut *shard.lock()).into_values()).collect();
         let mut taken = Taken { usage: self, deltas };
-        if !taken.deltas.is_empty() {
-            store.add_uses(&mut taken.deltas).await?;
-            taken.deltas.clear();
+        // One order for everybody who writes these rows, from the end, so that what is written can be cut off.
+        taken.deltas.sort_unstable_by_key(|delta| std::cmp::Reverse(delta.token_id));
+        while !taken.deltas.is_empty() {
+            let rest = taken.deltas.len().saturating_sub(ROWS_MAX);
+            let (_, chunk) = taken.deltas.split_at(rest);
+            store.add_uses(chunk).await?;
+            taken.deltas.truncate(rest);
         }
         Ok(())
     }

@@ -148,7 +148,8 @@ impl Validator {
         missing.dedup();
         let hits = known.iter().flatten().count();
         self.hits.fetch_add(u64::try_from(hits).unwrap_or(0), Ordering::Relaxed);
-        let read = self.fetch_all(&missing).await?;
+        self.misses.fetch_add(u64::try_from(missing.len()).unwrap_or(0), Ordering::Relaxed);
+        let read = self.read(&missing).await?;
         let unknown = Fact::Absent;
         let facts = digests
             .iter()
@@ -161,9 +162,9 @@ impl Validator {
     ///
     /// # Errors
     /// `Unauthenticated` if the token is not good; otherwise as [`Validator::validate`].
-    pub async fn identify(self: &Arc<Self>, text: &[u8], address: Option<IpAddr>, now: Time) -> Result<Caller> {
+    pub async fn identify(self: &Arc<Self>, text: &[u8], address: Option<IpAddr>, peek: bool, now: Time) -> Result<Caller> {
         let need = Need { client_ip: address, ..Need::default() };
-        match self.validate(Question { text, need, peek: false }, now).await? {
+        match self.validate(Question { text, need, peek }, now).await? {
             Answer { verdict: Verdict::Valid, grant: Some(grant) } => Ok(Caller::of_grant(&grant, address)),
             _ => {
                 Err(Error::Unauthenticated("the bearer token is unknown, has ended, is switched off or may not be used from this address"))
@@ -185,16 +186,14 @@ impl Validator {
     /// Reads a digest that the cache does not know, together with everybody else who asks for it now.
     async fn fetch(self: &Arc<Self>, digest: Digest) -> Result<Fact> {
         self.misses.fetch_add(1, Ordering::Relaxed);
-        loop {
-            let (mut flight, began) = self.join(digest)?;
-            // An error here means that the flight ended without a landing; the next round begins another.
-            let landing = flight.wait_for(Option::is_some).await.ok().and_then(|landing| landing.clone());
-            match landing {
-                Some(Landing::Admitted(fact)) => return Ok(fact),
-                Some(Landing::Overtaken(fact)) if began => return Ok(fact),
-                Some(Landing::Failed(error)) => return Err(shared(&error)),
-                Some(Landing::Overtaken(_)) | None => {}
-            }
+        let (mut flight, began) = self.join(digest)?;
+        // An error here means that the flight ended without a landing.
+        let landing = flight.wait_for(Option::is_some).await.ok().and_then(|landing| landing.clone());
+        match landing {
+            Some(Landing::Admitted(fact)) => Ok(fact),
+            Some(Landing::Overtaken(fact)) if began => Ok(fact),
+            Some(Landing::Failed(error)) => Err(shared(&error)),
+            Some(Landing::Overtaken(_)) | None => Ok(self.read(&[digest]).await?.remove(&digest).unwrap_or(Fact::Absent)),
         }
     }
 
@@ -218,11 +217,11 @@ impl Validator {
         permit.map_err(|_| Error::Overloaded("too many tokens are being looked up at once; try again"))
     }
 
-    async fn fetch_all(&self, digests: &[Digest]) -> Result<HashMap<Digest, Fact>> {
+    /// Reads digests for this call alone.
+    async fn read(&self, digests: &[Digest]) -> Result<HashMap<Digest, Fact>> {
         if digests.is_empty() {
             return Ok(HashMap::new());
         }
-        self.misses.fetch_add(u64::try_from(digests.len()).unwrap_or(0), Ordering::Relaxed);
         let _permit = self.permit()?;
         let ticket = self.cache.ticket();
         let found = self.store.facts(digests).await?;

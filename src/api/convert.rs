@@ -14,6 +14,8 @@ use crate::{
 };
 
 const MICROS_PER_SECOND: i64 = 1_000_000;
+/// The range of a Duration: about 10,000 years.
+const SPAN_SECONDS_MAX: u64 = 315_576_000_000;
 /// 0001-01-01 and 9999-12-31, the range of a Timestamp.
 const SECONDS_MIN: i64 = -62_135_596_800;
 const SECONDS_MAX: i64 = 253_402_300_799;
@@ -38,7 +40,10 @@ pub(super) fn time(timestamp: &Timestamp) -> Result<Time, &'static str> {
 
 /// A span that was sent.
 pub(super) fn span(duration: &WireDuration) -> Result<Duration, &'static str> {
-    Duration::try_from(*duration).map_err(|_| "must be a valid Duration that is not negative")
+    match (u64::try_from(duration.seconds), u32::try_from(duration.nanos)) {
+        (Ok(seconds @ ..=SPAN_SECONDS_MAX), Ok(nanos @ ..=999_999_999)) => Ok(Duration::new(seconds, nanos)),
+        _ => Err("must be a valid Duration that is not negative"),
+    }
 }
 
 /// How long an old secret lives on; not said is not at all.
@@ -171,6 +176,8 @@ mod tests {
         for (seconds, nanos) in [(i64::MAX, 0), (SECONDS_MAX + 1, 0), (0, -1), (0, 1_000_000_000), (i64::MIN, 0)] {
             assert!(time(&Timestamp { seconds, nanos }).is_err());
         }
-        assert!(span(&WireDuration { seconds: -1, nanos: 0 }).is_err());
+        for (seconds, nanos) in [(-1, 0), (i64::MIN, 0), (i64::MAX, 0), (1, -1), (2, 1_999_999_999), (60, i32::MIN)] {
+            assert!(span(&WireDuration { seconds, nanos }).is_err(), "{seconds} {nanos}");
+        }
     }
 }

@@ -1,16 +1,26 @@
 //! What every call passes before its handler: room, time, and who is asking.
 //!
-//! The order is: is the method known → is there room → who is it (their token is judged anew for each call) → may they → handler,
+//! The order is: is the method known → who is it, and may they → the whole message → is there room → who is it, and may they, still → handler,
 //! all of it within the deadline. Whatever comes out is counted, and logged at debug in one line.
 //!
 //! Invariant: a method that is not in [`METHODS`] is closed (test `every_method_is_in_the_table`).
 //! Invariant: the caller is authorised before a byte of the message is read (test `strangers_learn_nothing_from_their_arguments`).
+//! Invariant: a call whose message comes after its caller was revoked is refused (test `a_revoked_caller_finishes_nothing`).
+//! Invariant: who does not send their message keeps nobody out (test `half_open_calls_keep_nobody_out`).
 //! Invariant: beyond its places a plane refuses at once; nothing queues without bound (test `overload_is_refused_at_once`).
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
+use bytes::Bytes;
 use http::{HeaderMap, Request, Response, header::AUTHORIZATION};
-use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
 use tokio::{sync::Semaphore, time::timeout};
 use tonic::{Status, body::Body, service::Routes};
 use tower_service::Service as _;
@@ -23,6 +33,9 @@ use crate::{
     telemetry,
 };
 
+/// From the head of a request to the end of its message.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
+const HEALTH_CALLS_MAX: usize = 1_024;
 /// How long the caller waits (<https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>).
 const GRPC_TIMEOUT: &str = "grpc-timeout";
 /// The name under which calls of methods that do not exist are counted.
@@ -35,8 +48,17 @@ pub enum Plane {
     Data,
     /// Changes and lists.
     Control,
-    /// Health and reflection: no deadline, since they may stay open.
-    Public,
+    /// Health.
+    Health,
+    /// Reflection: a stream, without a deadline.
+    Stream,
+}
+
+/// When a caller is judged. Their use of the token counts once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Judge {
+    BeforeTheMessage,
+    WithTheMessage,
 }
 
 /// A method: its path, whom it is open to, and the limits that it falls under.
@@ -48,7 +70,7 @@ pub struct Method {
     pub access: Access,
     /// Its limits.
     pub plane: Plane,
-    /// The largest request, in bytes on the wire. Public methods may be streams: theirs holds for each message and is kept by their service.
+    /// The largest request, in bytes on the wire; of a stream, the largest message.
     pub request_bytes_max: usize,
 }
 
@@ -59,7 +81,7 @@ const KIB: usize = 1_024;
 const fn method(path: &'static str, access: Access, plane: Plane) -> Method {
     let request_bytes_max = match plane {
         Plane::Data => 16 * KIB,
-        Plane::Control | Plane::Public => 64 * KIB,
+        Plane::Control | Plane::Health | Plane::Stream => 64 * KIB,
     };
     Method { path, access, plane, request_bytes_max }
 }
@@ -82,11 +104,27 @@ pub const METHODS: [Method; 20] = [
     method("/keyward.v1.SelfService/ListMyTokens", Access::Own, Plane::Control),
     method("/keyward.v1.SelfService/RegenerateSelf", Access::Own, Plane::Control),
     method("/keyward.v1.SelfService/RevokeSelf", Access::Known, Plane::Control),
-    method("/grpc.health.v1.Health/Check", Access::Public, Plane::Public),
-    method("/grpc.health.v1.Health/Watch", Access::Public, Plane::Public),
-    method("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Access::Public, Plane::Public),
-    method("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", Access::Public, Plane::Public),
+    method("/grpc.health.v1.Health/Check", Access::Public, Plane::Health),
+    method("/grpc.health.v1.Health/Watch", Access::Public, Plane::Health),
+    method("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Access::Public, Plane::Stream),
+    method("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", Access::Public, Plane::Stream),
 ];
+
+/// Counts a call as long as it is under way.
+struct Active<'a>(&'a AtomicUsize);
+
+impl<'a> Active<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(count)
+    }
+}
+
+impl Drop for Active<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
 
 /// What calls are counted under.
 #[must_use]
@@ -128,7 +166,8 @@ pub struct Gate {
     limits: Limits,
     data_calls: Semaphore,
     control_calls: Semaphore,
-    public_calls: Semaphore,
+    health_calls: Semaphore,
+    active: AtomicUsize,
 }
 
 impl Gate {
@@ -142,17 +181,25 @@ impl Gate {
             limits,
             data_calls: Semaphore::new(limits.data_calls_max),
             control_calls: Semaphore::new(limits.control_calls_max),
-            public_calls: Semaphore::new(limits.control_calls_max),
+            health_calls: Semaphore::new(HEALTH_CALLS_MAX),
+            active: AtomicUsize::new(0),
         }
+    }
+
+    /// Whether no call is under way.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.active.load(Ordering::SeqCst) == 0
     }
 
     /// Answers one call.
     pub async fn serve<B>(&self, request: Request<B>, peer: &Peer) -> Response<Body>
     where
-        B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
+        B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let watch = Stopwatch::start();
+        let _active = Active::new(&self.active);
         let known = METHODS.iter().find(|method| method.path == request.uri().path());
         let mut who = None;
         let response = match known {
@@ -176,42 +223,61 @@ impl Gate {
 
     async fn serve_known<B>(&self, method: Method, request: Request<B>, peer: &Peer, who: &mut Option<Caller>) -> Response<Body>
     where
-        B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
+        B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let places = match method.plane {
-            Plane::Data => &self.data_calls,
-            Plane::Control => &self.control_calls,
-            Plane::Public => &self.public_calls,
-        };
-        let Ok(_place) = places.try_acquire() else {
-            self.api.metrics.shed();
-            return status::overloaded("too many calls are under way; try again".to_owned()).into_http();
-        };
+        if method.plane == Plane::Stream {
+            return self.route(request).await;
+        }
         let deadline = match deadline(request.headers(), self.limits.deadline_max) {
             Ok(deadline) => deadline,
             Err(error) => return Status::from(error).into_http(),
         };
-        if method.plane == Plane::Public {
-            return self.route(request).await;
+        if deadline.is_zero() {
+            return status::deadline_exceeded().into_http();
         }
-        let work = async {
-            match self.admit(method, request, peer).await {
-                Ok((request, caller)) => {
-                    *who = Some(caller);
-                    self.route(limited(request, method.request_bytes_max)).await
-                }
-                Err(error) => Status::from(error).into_http(),
-            }
-        };
+        let work = async { self.pass(method, request, peer, who).await.unwrap_or_else(Status::into_http) };
         timeout(deadline, work).await.unwrap_or_else(|_| status::deadline_exceeded().into_http())
     }
 
-    /// Finds out who is calling and whether they may, and puts it into the request in the place of their credentials.
-    async fn admit<B>(&self, method: Method, mut request: Request<B>, peer: &Peer) -> Result<(Request<B>, Caller), Error> {
+    /// Lets a call through to its handler. The caller is judged twice: before a byte of the message is read, and again when the whole of it is
+    /// there, since a message may be long on its way and its caller revoked meanwhile.
+    async fn pass<B>(&self, method: Method, request: Request<B>, peer: &Peer, who: &mut Option<Caller>) -> Result<Response<Body>, Status>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        self.identify(method, request.headers(), peer, Judge::BeforeTheMessage).await?;
+        let mut request = whole(request, method.request_bytes_max).await?;
+        let Ok(_place) = self.places(method.plane).try_acquire() else {
+            self.api.metrics.shed();
+            return Err(status::overloaded("too many calls are under way; try again".to_owned()));
+        };
+        if let Some(call) = self.identify(method, request.headers(), peer, Judge::WithTheMessage).await? {
+            *who = Some(call.caller.clone());
+            request.headers_mut().remove(AUTHORIZATION);
+            request.extensions_mut().insert(call);
+        }
+        Ok(self.route(request).await)
+    }
+
+    fn places(&self, plane: Plane) -> &Semaphore {
+        match plane {
+            Plane::Data => &self.data_calls,
+            Plane::Control => &self.control_calls,
+            Plane::Health | Plane::Stream => &self.health_calls,
+        }
+    }
+
+    /// Finds out who is calling and whether they may, now; nobody for a method that is open to all.
+    async fn identify(&self, method: Method, headers: &HeaderMap, peer: &Peer, judge: Judge) -> Result<Option<Call>, Error> {
+        if method.access == Access::Public {
+            return Ok(None);
+        }
         let now = self.clock.now();
-        let caller = match bearer(request.headers())? {
-            Some(text) => self.api.validator.identify(text, Some(peer.address.ip()), now).await?,
+        let address = Some(peer.address.ip().to_canonical());
+        let caller = match bearer(headers)? {
+            Some(text) => self.api.validator.identify(text, address, judge == Judge::BeforeTheMessage, now).await?,
             None => peer
                 .certificate
                 .as_deref()
@@ -219,14 +285,12 @@ impl Gate {
                 .ok_or(Error::Unauthenticated("this method needs credentials: send the metadata `authorization: Bearer <token>`"))?,
         };
         caller.authorize(method.access)?;
-        request.headers_mut().remove(AUTHORIZATION);
-        request.extensions_mut().insert(Call { caller: caller.clone(), now });
-        Ok((request, caller))
+        Ok(Some(Call { caller, now }))
     }
 
     async fn route<B>(&self, request: Request<B>) -> Response<Body>
     where
-        B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
+        B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         match self.routes.clone().call(request).await {
@@ -236,21 +300,21 @@ impl Gate {
     }
 }
 
-/// Lets through as many bytes of a request as its method takes.
-fn limited<B>(request: Request<B>, bytes_max: usize) -> Request<Body>
+/// Waits for the whole of a request, as far as its method takes it.
+async fn whole<B>(request: Request<B>, bytes_max: usize) -> Result<Request<Full<Bytes>>, Status>
 where
-    B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
+    B: http_body::Body<Data = Bytes> + Send + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     /// The prefix of a message: one byte of flags, four of length.
     const FRAME_HEADER_BYTES: usize = 5;
-    request.map(|body| {
-        let body = Limited::new(body, bytes_max + FRAME_HEADER_BYTES);
-        Body::new(body.map_err(move |error| match error.downcast::<LengthLimitError>() {
-            Ok(_) => status::message_too_large(bytes_max),
-            Err(error) => Status::from_error(error),
-        }))
-    })
+    let (head, body) = request.into_parts();
+    let collected = timeout(MESSAGE_TIMEOUT, Limited::new(body, bytes_max + FRAME_HEADER_BYTES).collect()).await;
+    let collected = collected.map_err(|_| status::deadline_exceeded())?.map_err(|error| match error.downcast::<LengthLimitError>() {
+        Ok(_) => status::message_too_large(bytes_max),
+        Err(error) => Status::from_error(error),
+    })?;
+    Ok(Request::from_parts(head, Full::new(collected.to_bytes())))
 }
 
 /// The token that the caller presents (RFC 6750, section 2.1); nothing if they present none.

@@ -113,7 +113,7 @@ impl Failure {
 
     fn text(&self) -> String {
         let cause = &self.0;
-        let mut text = format!("keyward: {}\n", escape(&self.headline()));
+        let mut text = format!("keyward: {}\n", escape(self.headline()));
         // Writing to a String cannot fail.
         for Violation { field, rule } in &cause.violations {
             let _ = writeln!(text, "  {}: {}", escape(field), escape(rule));
@@ -127,11 +127,9 @@ impl Failure {
         text
     }
 
-    /// The message, or something shorter if it only strings together the violations that are listed below it anyway.
-    fn headline(&self) -> String {
-        let cause = &self.0;
-        let repeated = !cause.violations.is_empty() && cause.violations.iter().all(|violation| cause.message.contains(&violation.rule));
-        if repeated { "the request breaks rules:".to_owned() } else { cause.message.clone() }
+    /// The message, which is of the first violation only if there are some: they are listed below it.
+    fn headline(&self) -> &str {
+        if self.0.violations.is_empty() { &self.0.message } else { "the request breaks rules:" }
     }
 
     fn json(&self) -> String {

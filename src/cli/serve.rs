@@ -2,12 +2,18 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "the command line speaks to people")]
 
-use std::{io::IsTerminal as _, net::SocketAddr, path::Path, process::ExitCode};
+use std::{
+    io::{IsTerminal as _, Write as _},
+    net::SocketAddr,
+    path::Path,
+    process::ExitCode,
+};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
     ambient::Clock,
+    api::gate::Limits,
     config::Config,
     server::Server,
     store::Store,
@@ -69,10 +75,13 @@ async fn run(config: &Config) -> Result<(), String> {
     let on = |kind| signal(kind).map_err(|error| error.to_string());
     let (mut terminate, mut interrupt, mut hangup) =
         (on(SignalKind::terminate())?, on(SignalKind::interrupt())?, on(SignalKind::hangup())?);
-    let mut server = Server::start(config, Clock::system()).await?;
-    if let Some(secret) = server.take_root_token() {
-        welcome(&secret, server.address(), config);
-    }
+    let show = |secret: &Secret, address| {
+        let text = welcome(secret, address, config);
+        let mut stdout = std::io::stdout();
+        let shown = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+        shown.map_err(|error| format!("the root token cannot be shown on standard output: {error}; nothing was created"))
+    };
+    let server = Server::start(config, Clock::system(), Limits::default(), show).await?;
     let lost = wait(&server, &mut terminate, &mut interrupt, &mut hangup).await;
     tokio::select! {
         stopped = server.stop() => stopped?,
@@ -96,8 +105,9 @@ async fn wait(server: &Server, terminate: &mut Signal, interrupt: &mut Signal, h
     }
 }
 
-/// Shows the root token, this once, and what one would type next. Where a file has it and nobody sits at a terminal, it is not written to a log.
-fn welcome(secret: &Secret, address: SocketAddr, config: &Config) {
+/// The root token, to be shown this once, and what one would type next. Where a file has it and nobody sits at a terminal, it is not
+/// written to what may be a log.
+fn welcome(secret: &Secret, address: SocketAddr, config: &Config) -> String {
     let scheme = if config.tls.is_some() { "https" } else { "http" };
     let host = match address {
         SocketAddr::V4(v4) if v4.ip().is_unspecified() => format!("127.0.0.1:{}", v4.port()),
@@ -106,19 +116,19 @@ fn welcome(secret: &Secret, address: SocketAddr, config: &Config) {
     };
     let program = std::env::current_exe().ok();
     let program = program.as_deref().and_then(Path::to_str).filter(|path| !path.contains(['\'', ' '])).unwrap_or("keyward");
-    let token = match &config.root_token_file {
+    let (told, token) = match &config.root_token_file {
         Some(path) if !std::io::stdout().is_terminal() => {
-            println!("\nThis is the first start. The root token, which may do everything, is in {}.\n", path.display());
-            format!("\"$(cat {})\"", path.display())
+            let path = path.display();
+            (format!("The root token, which may do everything, is in {path}."), format!("\"$(cat {path})\""))
         }
         _ => {
-            println!("\nThis is the first start. The root token may do everything, and is shown this once:\n\n    {}\n", secret.reveal());
-            secret.reveal().to_owned()
+            let token = secret.reveal();
+            (format!("The root token may do everything, and is shown this once:\n\n    {token}"), token.to_owned())
         }
     };
-    println!(
-        "Create a first token and validate it, in another terminal:\n\n\
+    format!(
+        "\nThis is the first start. {told}\n\nCreate a first token and validate it, in another terminal:\n\n\
          export KEYWARD_ADDRESS={scheme}://{host} KEYWARD_TOKEN={token}\n\
-         {program} token create --name 'My first token' | {program} validate -\n"
-    );
+         {program} token create --name 'My first token' | {program} validate -\n\n"
+    )
 }

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::Issuer;
+use super::{Issuer, rules};
 use crate::{
     ambient::Time,
     caller::Caller,
@@ -51,6 +51,13 @@ pub(super) enum Replay {
     Answered(Kept),
 }
 
+impl RequestId {
+    /// Whether there is a name that an answer can be kept under.
+    pub(super) fn is_named(&self) -> bool {
+        rules::request_id(&self.id).is_ok()
+    }
+}
+
 impl Issuer {
     pub(super) async fn claim(&self, tx: &Tx<'_>, method: &str, caller: &Caller, request: &RequestId, now: Time) -> Result<Replay> {
         if request.id.is_empty() {
@@ -90,11 +97,13 @@ impl Issuer {
             }
         }
     }
+}
 
-    /// The first answer's secret, with the token as it is now.
-    pub(super) async fn answer_again(&self, kept: Kept, tx: Tx<'_>) -> Result<(Token, Kept)> {
-        let (token, digests) = tx.token(kept.id, None).await?.ok_or(Error::NotFound("token"))?;
-        self.bury(&digests);
-        Ok((token, kept))
+/// The token of a kept answer, as it is now. Its secret is not for a caller who has been lowered below it since.
+pub(super) async fn answer_again(kept: &Kept, caller: &Caller, own: bool, tx: &Tx<'_>) -> Result<Token> {
+    let (token, _) = tx.token(kept.id, caller.management_reach()).await?.ok_or(Error::NotFound("token"))?;
+    if !own {
+        caller.outranks(&token.scopes)?;
     }
+    Ok(token)
 }

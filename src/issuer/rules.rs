@@ -82,7 +82,8 @@ fn is_invisible(character: char) -> bool {
     character.is_control()
         || matches!(
             character,
-            '\u{ad}' | '\u{061c}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}'
+            '\u{ad}' | '\u{034f}' | '\u{061c}' | '\u{115f}' | '\u{1160}' | '\u{180e}' | '\u{2800}' | '\u{3164}' | '\u{ffa0}'
+                | '\u{fff9}'..='\u{fffb}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}'
                 | '\u{e0000}'..='\u{e007f}'
         )
 }
@@ -173,8 +174,12 @@ pub(super) fn metadata(field: &str, entries: &BTreeMap<String, String>, violatio
     for (key, value) in entries.iter().take(METADATA_MAX) {
         if key.is_empty() || key.chars().count() > METADATA_KEY_CHARS_MAX || key.chars().any(is_invisible) {
             violations.add(field, format!("keys must be 1 to {METADATA_KEY_CHARS_MAX} characters without control characters"));
-        } else if value.chars().count() > METADATA_VALUE_CHARS_MAX || value.contains('\0') {
-            violations.add(format!("{field}[{key}]"), format!("must be at most {METADATA_VALUE_CHARS_MAX} characters, none of them NUL"));
+        } else if value.chars().count() > METADATA_VALUE_CHARS_MAX
+            || value.chars().any(|letter| is_invisible(letter) && !"\n\t".contains(letter))
+        {
+            let rule =
+                format!("must be at most {METADATA_VALUE_CHARS_MAX} characters, without control characters but line breaks and tabs");
+            violations.add(format!("{field}[{key}]"), rule);
         }
     }
 }

@@ -45,6 +45,10 @@ const CONNECTION_AGE_MAX: Duration = Duration::from_hours(1);
 /// How long it may take to do so.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// So often in a row there must be no call under way.
+const IDLE_ROUNDS: u32 = 10;
+const IDLE_INTERVAL: Duration = Duration::from_millis(100);
+
 const STREAMS_MAX: u32 = 128;
 const RESET_STREAMS_MAX: usize = 1_024;
 const HEADER_BYTES_MAX: u32 = 8 * 1024;
@@ -105,12 +109,26 @@ impl Port {
 
     /// Waits until every connection is closed, and cuts those that are still open at the end of the drain.
     pub(super) async fn drained(&self, phase: &watch::Sender<Phase>) {
-        if timeout(DRAIN_TIMEOUT, self.permits.acquire_many(CONNECTIONS_MAX)).await.is_err() {
-            tracing::warn!("some connections did not close in time and are cut");
+        let closed = async { self.permits.acquire_many(CONNECTIONS_MAX).await.map(drop) };
+        let finished = tokio::select! {
+            closed = timeout(DRAIN_TIMEOUT, closed) => closed.is_ok(),
+            () = self.idle() => false,
+        };
+        if !finished {
+            tracing::info!("connections that are still open are cut");
             phase.send_replace(Phase::Cut);
             if timeout(Duration::from_secs(1), self.permits.acquire_many(CONNECTIONS_MAX)).await.is_err() {
                 tracing::error!("some connections could not be cut");
             }
+        }
+    }
+
+    /// Returns when no call is under way: what is still open then (a watch of health, a silent client) has nothing left to finish.
+    async fn idle(&self) {
+        let mut quiet = 0;
+        while quiet < IDLE_ROUNDS {
+            sleep(IDLE_INTERVAL).await;
+            quiet = if self.gate.is_idle() { quiet + 1 } else { 0 };
         }
     }
 
@@ -178,6 +196,8 @@ fn http2() -> http2::Builder<TokioExecutor> {
         .timer(TokioTimer::new())
         .max_concurrent_streams(STREAMS_MAX)
         .max_local_error_reset_streams(RESET_STREAMS_MAX)
+        // A client whose deadlines run out resets many streams at once, in good faith.
+        .max_pending_accept_reset_streams(STREAMS_MAX as usize)
         .max_header_list_size(HEADER_BYTES_MAX)
         .keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT);

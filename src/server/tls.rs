@@ -8,7 +8,7 @@ use parking_lot::RwLock;
 use rustls::{
     RootCertStore, ServerConfig,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
-    server::WebPkiClientVerifier,
+    server::{NoServerSessionStorage, WebPkiClientVerifier},
 };
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -54,7 +54,7 @@ impl Certificates {
         Ok(true)
     }
 
-    /// Whom the client's certificate stands for, by its first DNS or URI name that the settings know.
+    /// Whom the client's certificate stands for: the first entry of `tls_client_map` whose name is one of its DNS or URI names.
     pub(super) fn caller(&self, stream: &TlsStream<TcpStream>) -> Option<Caller> {
         let certificate = stream.get_ref().1.peer_certificates()?.first()?;
         let parsed = webpki::EndEntityCert::try_from(certificate).ok()?;
@@ -106,6 +106,11 @@ fn build(settings: &Tls, files: &[Vec<u8>]) -> Result<Arc<ServerConfig>, String>
     let mut config = builder.with_single_cert(certificates(&settings.cert, cert)?, key).map_err(|error| {
         format!("the certificate {} and the key {} cannot be used together: {error}", settings.cert.display(), settings.key.display())
     })?;
+    if settings.client_ca.is_some() {
+        // A resumed session is not asked for its certificate again: none are, so that one that has ended stays out.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+    }
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(Arc::new(config))
 }

@@ -96,6 +96,27 @@ pub(super) mod audience {
     impl ActiveModelBehavior for ActiveModel {}
 }
 
+pub(super) mod change {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "change_log")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub seq: i64,
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub item: i64,
+        pub kind: i16,
+        pub subject: Vec<u8>,
+        pub change_time: i64,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
 pub(super) mod audit {
     use sea_orm::entity::prelude::*;
 

@@ -159,7 +159,7 @@ impl Store {
         for chunk in digests.chunks(FACTS_CHUNK) {
             let values = chunk.iter().map(|digest| digest.as_bytes().to_vec().into());
             let statement = Statement::from_sql_and_values(self.backend(), facts_sql(chunk.len()), values);
-            let rows = self.reading("facts", self.reader.query_all_raw(statement)).await?;
+            let rows = self.reading_facts(self.reader.query_all_raw(statement)).await?;
             for row in &rows {
                 found.push(FactsRow::from_query_result(row, "").map_err(translate)?.into_grant()?);
             }

@@ -11,8 +11,8 @@ use sea_orm::{
 use tokio::{sync::SemaphorePermit, time::timeout};
 
 use super::{
-    ACQUIRE_TIMEOUT, AuditEvent, Store, WORK_TIMEOUT, damaged,
-    entity::{self, audience, audit, token, usage},
+    AuditEvent, Store, WORK_TIMEOUT, damaged,
+    entity::{self, audience, audit, change, token, usage},
     translate,
 };
 use crate::{
@@ -24,6 +24,8 @@ use crate::{
 
 /// Rows of one statement: below the databases' limits on parameters.
 const ROWS_MAX: usize = 1_000;
+/// A change of the token with the digest that is the row's subject.
+const CHANGE_OF_TOKEN: i16 = 1;
 
 /// What is kept of a `request_id`.
 #[derive(Debug, PartialEq, Eq)]
@@ -68,9 +70,7 @@ impl Store {
     }
 
     async fn begin(&self) -> Result<Tx<'_>> {
-        let permit = timeout(ACQUIRE_TIMEOUT, self.write_permits.acquire()).await;
-        let permit = permit.map_err(|_| Error::Overloaded("the store is busy with other changes; try again"))?;
-        let permit = permit.map_err(|closed| Error::Unavailable(closed.into()))?;
+        let permit = self.permit(&self.write_permits).await?;
         let watch = Stopwatch::start();
         let tx = timeout(WORK_TIMEOUT, self.writer.begin()).await.map_err(|elapsed| Error::Unavailable(elapsed.into()))?;
         Ok(Tx { store: self, inner: tx.map_err(translate)?, seq: None, items: Vec::new(), watch, _permit: permit })
@@ -103,18 +103,22 @@ impl Tx<'_> {
             Ok(result) => result.map_err(translate),
             Err(elapsed) => Err(Error::Unavailable(elapsed.into())),
         };
-        (store.observer)("change", watch.elapsed(), result.is_err());
+        store.observe("change", watch, result.is_err());
         result
     }
 
     async fn write_log(&mut self, now: Time) -> Result<()> {
-        for (item, digest) in std::mem::take(&mut self.items) {
+        let items = std::mem::take(&mut self.items);
+        for chunk in items.chunks(ROWS_MAX) {
             let seq = self.seq.ok_or_else(|| Error::Internal("a change without a number".into()))?;
-            self.execute(
-                "INSERT INTO change_log (seq, item, kind, subject, change_time) VALUES ($1, $2, 1, $3, $4)",
-                vec![seq.into(), item.into(), digest.as_bytes().to_vec().into(), now.micros().into()],
-            )
-            .await?;
+            let rows = chunk.iter().map(|(item, digest)| change::ActiveModel {
+                seq: Set(seq),
+                item: Set(*item),
+                kind: Set(CHANGE_OF_TOKEN),
+                subject: Set(digest.as_bytes().to_vec()),
+                change_time: Set(now.micros()),
+            });
+            self.bounded(change::Entity::insert_many(rows).exec_without_returning(&self.inner)).await?;
         }
         Ok(())
     }
@@ -216,6 +220,30 @@ impl Tx<'_> {
             ..Default::default()
         };
         self.bounded(token::Entity::update(changed).exec(&self.inner)).await.map(drop)
+    }
+
+    /// Ends every token that [`Tx::live_tokens`] found, in one statement.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn revoke_live_tokens(
+        &mut self,
+        workspace: &str,
+        principal: &str,
+        reason: &str,
+        digests: &[Digest],
+        now: Time,
+    ) -> Result<()> {
+        self.touch(digests);
+        let revoked = entity::state_number(State::Revoked);
+        let values = vec![revoked.into(), now.micros().into(), reason.into(), workspace.into(), principal.into()];
+        self.execute(
+            "UPDATE token SET state = $1, revoke_time = $2, update_time = $2, revoke_reason = $3, version = version + 1 \
+             WHERE workspace = $4 AND principal = $5 AND delete_time IS NULL AND state <> $1 AND expire_time > $2",
+            values,
+        )
+        .await
+        .map(drop)
     }
 
     /// Replaces a token's audiences in the list of the tokens of a product.

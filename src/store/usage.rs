@@ -4,15 +4,12 @@ use std::net::IpAddr;
 
 use sea_orm::{
     ActiveValue::Set,
-    EntityTrait as _, TransactionTrait as _,
+    EntityTrait as _,
     sea_query::{Expr, OnConflict},
 };
 
 use super::{Store, entity::usage};
 use crate::{ambient::Time, error::Result, token::TokenId};
-
-/// Rows of one statement: below the databases' limits on parameters.
-const ROWS_MAX: usize = 5_000;
 
 /// Uses of one token that the store does not know of yet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,17 +29,9 @@ impl Store {
     ///
     /// # Errors
     /// `Unavailable`, `Overloaded`.
-    pub async fn add_uses(&self, deltas: &mut [UseDelta]) -> Result<()> {
-        // One order for everybody who writes these rows.
-        deltas.sort_unstable_by_key(|delta| delta.token_id);
-        self.writing("uses", async {
-            let tx = self.writer.begin().await?;
-            for chunk in deltas.chunks(ROWS_MAX) {
-                usage::Entity::insert_many(chunk.iter().map(row)).on_conflict(addition()).exec_without_returning(&tx).await?;
-            }
-            tx.commit().await
-        })
-        .await
+    pub async fn add_uses(&self, deltas: &[UseDelta]) -> Result<()> {
+        let insert = usage::Entity::insert_many(deltas.iter().map(row)).on_conflict(addition());
+        self.writing("uses", async { insert.exec_without_returning(&self.writer).await.map(drop) }).await
     }
 }
 

@@ -113,11 +113,17 @@ fn exit_codes_tell_refused_from_unreachable() {
 #[test]
 fn names_cannot_write_to_the_terminal() {
     in_a_shell(|_, shell| {
-        shell.json(&["token", "create", "--name", "plain", "--metadata", "note=\u{1b}[31mred"]);
+        let output = shell.run(&["token", "create", "--name", "plain", "--metadata", "note=\u{1b}[31mred"], "");
+        let said = [output.stdout, output.stderr].concat();
+        assert!(output.status.code() == Some(1) && !said.contains(&0x1b), "{}", String::from_utf8_lossy(&said));
+        shell.json(&["token", "create", "--name", "plain", "--metadata", "note=fine\nstatus:     Revoked"]);
         let listed = shell.json(&["token", "list"]);
         let id = listed["tokens"][0]["id"].as_str().expect("an id");
         let (code, text) = shell.get(&["token", "get", id]);
-        assert!(code == 0 && text.contains("red") && !text.contains('\u{1b}'), "{text:?}");
+        assert!(
+            code == 0 && text.contains("fine") && !text.lines().any(|line| line.starts_with("status") && line.contains("Revoked")),
+            "{text}"
+        );
     });
 }
 

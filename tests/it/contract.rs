@@ -5,11 +5,7 @@
 use std::collections::BTreeSet;
 
 use bytes::{Buf as _, BufMut as _, Bytes};
-use keyward::{
-    api::gate::{METHODS, Plane},
-    caller::Access,
-    proto,
-};
+use keyward::{api::gate::METHODS, caller::Access, proto};
 use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, ReflectMessage as _, Value, prost::Message as _};
 use tonic::{
     Code, Status,
@@ -76,7 +72,7 @@ fn declared() -> Vec<(String, MessageDescriptor)> {
 fn every_method_is_in_the_table() {
     let declared: BTreeSet<String> = declared().into_iter().map(|(path, _)| path).collect();
     let listed: BTreeSet<String> =
-        METHODS.iter().filter(|method| method.plane != Plane::Public).map(|method| method.path.to_owned()).collect();
+        METHODS.iter().filter(|method| method.access != Access::Public).map(|method| method.path.to_owned()).collect();
     assert_eq!(declared, listed);
 }
 

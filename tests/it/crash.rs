@@ -7,9 +7,6 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::{self, File},
-    path::Path,
-    process::{Child, Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -18,12 +15,14 @@ use std::{
 };
 
 use keyward::proto::{self, Verdict};
-use sea_orm::{ConnectOptions, ConnectionTrait as _, Database, DatabaseConnection, QueryResult, Statement};
-use tempfile::TempDir;
-use tokio::task::JoinSet;
-use tonic::{Code, Status, transport::Channel};
+use sea_orm::{DatabaseConnection, QueryResult};
+use tokio::task::{JoinHandle, JoinSet};
+use tonic::{Code, Status};
 
-use crate::world::{self, Actor, Backend, eventually, keyward};
+use crate::{
+    process::{Process, Site, number, rows, text},
+    world::{self, Actor, Backend, eventually},
+};
 
 const ROUNDS: u64 = 200;
 const CLIENTS: u64 = 8;
@@ -103,46 +102,43 @@ async fn rounds(backend: Backend, rounds: u64) {
     let seed = number_from("KEYWARD_TEST_SEED").unwrap_or_else(|| u64::try_from(micros()).unwrap());
     println!("{backend:?}: {rounds} rounds, KEYWARD_TEST_SEED={seed}");
     let mut random = Random(seed);
-    let mut site = Site::new(backend).await;
+    let mut story = Rounds::new(backend).await;
     let mut clients: Vec<Client> = (0..CLIENTS).map(|number| Client::new(number, random.next())).collect();
     let begin = Instant::now();
     // The first start makes the keyring, the tables and the root token, and has to stand being killed as well.
     for _ in 0..5 {
-        site.kill_early(&mut random).await;
+        story.kill_early(&mut random).await;
     }
-    let mut process = site.serve(&mut random).await;
+    let mut process = story.serve(&mut random).await;
     let mut since = micros();
     for _ in 0..rounds {
-        clients = site.traffic(process, clients, Duration::from_micros(20_000 + random.below(130_000))).await;
-        let before = site.sessions().await;
-        process = site.serve(&mut random).await;
-        site.settled(before).await;
+        clients = story.traffic(process, clients, Duration::from_micros(20_000 + random.below(130_000))).await;
+        let ended = story.sessions_end_after_kill().await;
+        process = story.serve(&mut random).await;
+        story.sessions_end = story.sessions_end.max(ended.await.expect("the sessions of the killed process end"));
         let read = micros();
-        site.examine(&mut clients, &process, since).await;
+        story.examine(&mut clients, &process, since).await;
         since = read;
     }
     for client in &mut clients {
         client.touched = client.held.keys().map(|id| (id.clone(), 0)).collect();
     }
-    site.examine(&mut clients, &process, 0).await;
+    story.examine(&mut clients, &process, 0).await;
     if backend == Backend::Sqlite {
-        let row = site.db().await.query_one_raw(statement(backend, "PRAGMA integrity_check")).await.expect("readable").expect("a row");
-        assert_eq!(row.try_get_by_index::<String>(0).expect("text"), "ok");
+        assert_eq!(text(&story.site.db().await, "PRAGMA integrity_check").await, "ok");
     }
     let acknowledged: usize = clients.iter().map(|client| client.acknowledged).sum();
     println!(
         "{backend:?}: {rounds} rounds in {:.1} s: {acknowledged} acknowledged changes, none lost; {}",
         begin.elapsed().as_secs_f64(),
-        site.story()
+        story.story()
     );
     assert!(acknowledged as u64 > rounds, "the clients hardly changed anything");
 }
 
-/// The place of a database and of the processes that serve it, one after the other.
-struct Site {
-    backend: Backend,
-    folder: TempDir,
-    database_url: String,
+/// One database through all rounds, and what happened in them.
+struct Rounds {
+    site: Site,
     /// Changes that were under way at a kill: all, and those that were made.
     pending: (usize, usize),
     /// Processes that were killed while they started.
@@ -153,57 +149,33 @@ struct Site {
     sessions_end: Duration,
 }
 
-impl Site {
+impl Rounds {
     async fn new(backend: Backend) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        let database_url = match backend {
-            Backend::Sqlite => format!("sqlite://{}/data/keyward.db", folder.path().display()),
-            Backend::Postgres => world::new_postgres_database().await,
-        };
-        Self {
-            backend,
-            folder,
-            database_url,
-            pending: (0, 0),
-            killed_early: 0,
-            locked_out: (0, Duration::ZERO),
-            sessions_end: Duration::ZERO,
-        }
+        let site = Site::new(backend).await;
+        Self { site, pending: (0, 0), killed_early: 0, locked_out: (0, Duration::ZERO), sessions_end: Duration::ZERO }
     }
 
     fn story(&self) -> String {
-        let (under_way, made) = self.pending;
-        let (times, longest) = self.locked_out;
-        let (early, sessions) = (self.killed_early, self.sessions_end);
-        format!(
-            "{under_way} were under way when a process was killed, {made} of them made; {early} processes were killed while they started; \
-             {times} starts were refused for the lock of the process before, for at most {longest:?}; its sessions ended within {sessions:?}"
-        )
-    }
-
-    /// One connection, past the server.
-    async fn db(&self) -> DatabaseConnection {
-        let mut options = ConnectOptions::new(&self.database_url);
-        options.max_connections(1).sqlx_logging(false);
-        Database::connect(options).await.expect("the database")
-    }
-
-    fn command(&self) -> Command {
-        let mut command = keyward();
-        command.arg("serve").arg("--data-dir").arg(self.folder.path().join("data")).arg("--database-url").arg(&self.database_url);
-        command.arg("--root-token-file").arg(self.folder.path().join("root"));
-        command
+        let ((under_way, made), early) = (self.pending, self.killed_early);
+        let mut story =
+            format!("{under_way} were under way at a kill, {made} of them made; {early} processes were killed while they started");
+        if self.site.backend == Backend::Postgres {
+            let ((times, longest), sessions) = (self.locked_out, self.sessions_end);
+            story += &format!(
+                "; {times} starts met the lock of the process before, for at most {longest:?}; its sessions ended within {sessions:?}"
+            );
+        }
+        story
     }
 
     /// Starts a process that serves; kills one while it starts, now and then.
     async fn serve(&mut self, random: &mut Random) -> Process {
-        let log = self.folder.path().join("log");
         while random.below(8) == 0 {
             self.kill_early(random).await;
         }
         let (begin, mut refused) = (Instant::now(), 0);
         loop {
-            match Process::start(self.command(), &log).await {
+            match self.site.try_start().await {
                 Ok(process) => {
                     if refused > 0 {
                         self.locked_out = (self.locked_out.0 + refused, self.locked_out.1.max(begin.elapsed()));
@@ -219,18 +191,18 @@ impl Site {
 
     /// Starts a process and kills it, most often before it serves.
     async fn kill_early(&mut self, random: &mut Random) {
-        let mut early = Process::spawn(self.command(), &self.folder.path().join("early.log"));
+        let early = self.site.spawn();
         tokio::time::sleep(Duration::from_micros(random.below(40_000))).await;
         early.kill();
         self.killed_early += 1;
     }
 
     /// Lets the clients work, and kills the process amid that.
-    async fn traffic(&mut self, mut process: Process, clients: Vec<Client>, span: Duration) -> Vec<Client> {
+    async fn traffic(&mut self, process: Process, clients: Vec<Client>, span: Duration) -> Vec<Client> {
         let killed = Arc::new(AtomicBool::new(false));
         let mut work = JoinSet::new();
         for client in clients {
-            let (actor, killed) = (self.root(&process).await, Arc::clone(&killed));
+            let (actor, killed) = (self.site.root(&process).await, Arc::clone(&killed));
             work.spawn(client.work(actor, killed));
         }
         tokio::time::sleep(span).await;
@@ -241,38 +213,30 @@ impl Site {
         clients
     }
 
-    /// The sessions of the process that was killed, as far as PostgreSQL has not ended them yet.
-    async fn sessions(&self) -> Option<(Instant, DatabaseConnection, String)> {
-        if self.backend == Backend::Sqlite {
-            return None;
+    /// Waits until the sessions of the process that was killed have ended, and says how long that took: PostgreSQL finishes what it has
+    /// received, COMMIT too, before it notices that its client is gone. SQLite has none.
+    async fn sessions_end_after_kill(&self) -> JoinHandle<Duration> {
+        if self.site.backend == Backend::Sqlite {
+            return tokio::spawn(std::future::ready(Duration::ZERO));
         }
-        let (begin, db) = (Instant::now(), self.db().await);
-        let now =
-            db.query_one_raw(statement(self.backend, "SELECT CAST(clock_timestamp() AS TEXT)")).await.expect("PostgreSQL").expect("a row");
+        let (begin, db) = (Instant::now(), self.site.db().await);
+        let now = text(&db, "SELECT CAST(clock_timestamp() AS TEXT)").await;
         let sql = format!(
-            "SELECT COUNT(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_start < '{}'",
-            now.try_get_by_index::<String>(0).expect("text")
+            "SELECT COUNT(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_start < '{now}'"
         );
-        Some((begin, db, sql))
-    }
-
-    /// Waits until they have ended: PostgreSQL finishes what it has received, COMMIT too, before it notices that its client is gone.
-    async fn settled(&mut self, sessions: Option<(Instant, DatabaseConnection, String)>) {
-        if let Some((begin, db, sql)) = sessions {
-            eventually("the sessions of the killed process end", async || (number(&db, self.backend, &sql).await == 0).then_some(())).await;
-            self.sessions_end = self.sessions_end.max(begin.elapsed());
-        }
-    }
-
-    async fn root(&self, process: &Process) -> Actor {
-        let token = fs::read_to_string(self.folder.path().join("root")).expect("written at the first start");
-        Actor { channel: process.channel().await, token: Some(token.trim().to_owned()) }
+        tokio::spawn(async move {
+            while number(&db, &sql).await > 0 {
+                assert!(begin.elapsed() < LOCK_TIMEOUT, "sessions of a process that is gone remain");
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            begin.elapsed()
+        })
     }
 
     /// Compares what the clients know with what is there.
     async fn examine(&mut self, clients: &mut [Client], process: &Process, since: i64) {
-        let db = self.db().await;
-        let mut ledger = Ledger::read(&db, self.backend, since).await;
+        let db = self.site.db().await;
+        let mut ledger = Ledger::read(&db, since).await;
         let mut again = Vec::new();
         for client in clients.iter_mut() {
             if let Some(step) = client.pending.take() {
@@ -290,9 +254,14 @@ impl Site {
         }
         assert!(ledger.tokens.is_empty(), "tokens that nobody asked for: {:?}", ledger.tokens);
         assert!(ledger.audit.is_empty(), "audit rows of nothing: {:?}", ledger.audit);
-        let root = self.root(process).await;
+        let root = self.site.root(process).await;
         for (number, step, made) in again.into_iter().filter(|(_, step, _)| step.has_request_id()) {
-            let (token, secret) = step.send(&root).await.unwrap_or_else(|status| panic!("{step:?} cannot be asked again: {status:?}"));
+            let (token, secret) = eventually("the second answer", async || match step.send(&root).await {
+                Err(status) if is_busy(&status) => None,
+                answer => Some(answer),
+            })
+            .await
+            .unwrap_or_else(|status| panic!("{step:?} cannot be asked again: {status:?}"));
             let client = &mut clients[usize::try_from(number).unwrap()];
             match made {
                 Some(id) => {
@@ -302,14 +271,16 @@ impl Site {
                 None => client.take(&step, &token.id, secret),
             }
         }
+        let expected = clients.iter().flat_map(|client| {
+            let changed = client.asked.iter().chain(client.touched.keys());
+            changed.flat_map(|id| client.held[id].expected())
+        });
+        judge(&root, &expected.collect::<Vec<_>>()).await;
         for client in clients {
-            let mut ids = std::mem::take(&mut client.asked);
-            ids.extend(client.touched.keys().cloned());
-            let expected: Vec<(&str, Verdict)> = ids.iter().flat_map(|id| client.held[id].expected()).collect();
-            judge(&root, &expected).await;
+            client.asked.clear();
         }
         for (what, sql) in HALVES {
-            let count = number(&db, self.backend, &sql.replace("{since}", &since.to_string())).await;
+            let count = number(&db, &sql.replace("{since}", &since.to_string())).await;
             assert_eq!(count, 0, "{what}");
         }
     }
@@ -326,62 +297,6 @@ async fn judge(actor: &Actor, expected: &[(&str, Verdict)]) {
         for ((_, verdict), response) in chunk.iter().zip(&answer.responses) {
             assert_eq!(response.verdict(), *verdict, "token {}", response.token_id);
         }
-    }
-}
-
-/// The server as a process of its own. It ends with its owner.
-pub struct Process {
-    child: Child,
-    address: String,
-}
-
-impl Process {
-    fn spawn(mut command: Command, log: &Path) -> Self {
-        command.args(["--listen", "127.0.0.1:0", "--metrics-listen", "off"]).stdin(Stdio::null()).stdout(Stdio::null());
-        let child = command.stderr(File::create(log).expect("a log")).spawn().expect("it runs");
-        Self { child, address: String::new() }
-    }
-
-    /// Starts one and waits until it serves; what it said, if it gives up. Its log goes to a file.
-    pub async fn start(command: Command, log: &Path) -> Result<Self, String> {
-        let mut process = Self::spawn(command, log);
-        let begin = Instant::now();
-        loop {
-            let ended = process.child.try_wait().expect("a child").is_some();
-            let said = fs::read_to_string(log).expect("a log");
-            // A line is whole when the next word is there.
-            if let Some((address, _)) = said.split_once("serving address=").and_then(|(_, rest)| rest.split_once(' ')) {
-                process.address = format!("http://{address}");
-                return Ok(process);
-            }
-            if ended {
-                return Err(said);
-            }
-            assert!(begin.elapsed() < Duration::from_secs(30), "the server does not serve within 30 s: {said}");
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-    }
-
-    /// A connection of one's own.
-    pub async fn channel(&self) -> Channel {
-        Channel::from_shared(self.address.clone()).expect("an address").connect().await.expect("a connection")
-    }
-
-    pub fn id(&self) -> u32 {
-        self.child.id()
-    }
-
-    /// SIGKILL: the process has no say in it.
-    fn kill(&mut self) {
-        self.child.kill().expect("killed");
-        self.child.wait().expect("ended");
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -525,9 +440,7 @@ impl Client {
                     assert_eq!(token.etag, format!("v{}", self.held[&token.id].methods.len()), "{step:?}");
                 }
                 Err(status) => {
-                    // A disk that stalls may keep changes waiting for longer than they may wait.
-                    let busy = status.code() == Code::ResourceExhausted;
-                    assert!(busy || killed.load(Ordering::SeqCst), "a call failed while the server lived: {status:?}");
+                    assert!(is_busy(&status) || killed.load(Ordering::SeqCst), "a call failed while the server lived: {status:?}");
                     return self;
                 }
             }
@@ -602,29 +515,28 @@ struct Row {
 }
 
 impl Ledger {
-    async fn read(db: &DatabaseConnection, backend: Backend, since: i64) -> Self {
-        let text = |row: &QueryResult, index| row.try_get_by_index::<String>(index).expect("text");
+    async fn read(db: &DatabaseConnection, since: i64) -> Self {
+        let word = |row: &QueryResult, index| row.try_get_by_index::<String>(index).expect("text");
         let sql = format!(
             "SELECT id, display_name, state, hint, audiences, version FROM token WHERE update_time >= {since} AND principal LIKE 'client-%'"
         );
-        let rows = db.query_all_raw(statement(backend, &sql)).await.expect("rows");
         let token = |row: &QueryResult| Row {
-            name: text(row, 1),
+            name: word(row, 1),
             state: row.try_get_by_index(2).expect("a number"),
-            hint: text(row, 3),
-            audiences: text(row, 4),
+            hint: word(row, 3),
+            audiences: word(row, 4),
             version: usize::try_from(row.try_get_by_index::<i64>(5).expect("a number")).expect("a version"),
         };
-        let tokens = rows.iter().map(|row| (text(row, 0), token(row))).collect();
+        let tokens = rows(db, &sql).await.iter().map(|row| (word(row, 0), token(row))).collect();
         let sql = format!(
             "SELECT token_id, method, after FROM audit_event WHERE workspace = 'default' AND event_time >= {since} AND principal LIKE 'client-%'"
         );
         let mut audit: HashMap<String, BTreeMap<_, _>> = HashMap::new();
-        for row in db.query_all_raw(statement(backend, &sql)).await.expect("rows") {
-            let after: serde_json::Value = serde_json::from_str(&text(&row, 2)).expect("settings");
+        for row in rows(db, &sql).await {
+            let after: serde_json::Value = serde_json::from_str(&word(&row, 2)).expect("settings");
             let version = usize::try_from(after["version"].as_u64().expect("a version")).unwrap();
-            let twice = audit.entry(text(&row, 0)).or_default().insert(version, (text(&row, 1), after));
-            assert!(twice.is_none(), "two audit rows for version {version} of {}", text(&row, 0));
+            let twice = audit.entry(word(&row, 0)).or_default().insert(version, (word(&row, 1), after));
+            assert!(twice.is_none(), "two audit rows for version {version} of {}", word(&row, 0));
         }
         Self { tokens, audit }
     }
@@ -680,6 +592,11 @@ impl Random {
     }
 }
 
+/// A disk that stalls keeps changes waiting for longer than they may wait.
+fn is_busy(status: &Status) -> bool {
+    status.code() == Code::ResourceExhausted
+}
+
 fn micros() -> i64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
     i64::try_from(since.as_micros()).unwrap()
@@ -687,14 +604,4 @@ fn micros() -> i64 {
 
 fn number_from(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{variable} must be a whole number")))
-}
-
-fn statement(backend: Backend, sql: &str) -> Statement {
-    let backend = if backend == Backend::Sqlite { sea_orm::DbBackend::Sqlite } else { sea_orm::DbBackend::Postgres };
-    Statement::from_string(backend, sql)
-}
-
-async fn number(db: &DatabaseConnection, backend: Backend, sql: &str) -> i64 {
-    let row = db.query_one_raw(statement(backend, sql)).await.expect(sql);
-    row.expect("a row").try_get_by_index(0).expect("a number")
 }

@@ -26,6 +26,9 @@ crate::on_sqlite!(
     health_tells_the_drain,
     a_drain_has_an_end,
     a_drain_finishes_what_is_under_way,
+    a_revoked_caller_finishes_nothing,
+    half_open_calls_keep_nobody_out,
+    errors_fit_into_headers,
     other_protocols_do_no_harm,
     errors_of_the_framework_are_explained,
     reflection_serves_both_versions,
@@ -213,6 +216,59 @@ async fn a_drain_finishes_what_is_under_way(mut world: World) {
     timeout(Duration::from_secs(20), stopping).await.expect("an end").expect("no panic").expect("a clean stop");
 }
 
+/// The head of a call comes before its caller is revoked, the message after.
+async fn a_revoked_caller_finishes_nothing(world: World) {
+    let (root, admin) = (world.root().await, world.admin().await);
+    let id = admin.own().who_am_i(admin.request(proto::WhoAmIRequest {})).await.expect("known").into_inner().token.expect("a token").id;
+    let (client, _connection) = raw(&world).await;
+    let mut client = client.ready().await.expect("ready");
+    let begun = async || world.metric("keyward_cache_hits_total").await;
+    let before = begun().await;
+    let (response, mut body) = client.send_request(head(&admin, "/keyward.v1.TokenService/CreateToken"), false).expect("sent");
+    eventually("the head has been judged", async || (begun().await > before).then_some(())).await;
+    root.revoke(&id).await.expect("done");
+    body.send_data(frame(&new_token("back door", &["keyward:admin"])), true).expect("sent");
+    let response = timeout(Duration::from_secs(10), response).await.expect("in time").expect("answered");
+    assert_eq!(response.headers()["grpc-status"], "16", "{response:?}");
+    assert_eq!(world.db_number("SELECT COUNT(*) FROM token WHERE display_name = 'back door'").await, 0);
+}
+
+/// More calls without a message than there are places, with and without credentials.
+async fn half_open_calls_keep_nobody_out(world: World) {
+    let (admin, weak) = (world.admin().await, world.actor("weak", &[]).await);
+    let (token, _) = admin.issue("t", &[]).await;
+    let mut open = Vec::new();
+    for path in ["/keyward.v1.SelfService/WhoAmI", "/grpc.health.v1.Health/Check"] {
+        for _ in 0..3 {
+            let (mut client, connection) = raw(&world).await;
+            for _ in 0..100 {
+                client = client.ready().await.expect("ready");
+                open.push(client.send_request(head(&weak, path), false).expect("sent"));
+            }
+            tokio::spawn(connection);
+        }
+    }
+    admin.revoke(&token.id).await.expect("there is room for those who send their message");
+    assert_eq!(health(&world, "").await.expect("known"), ServingStatus::Serving);
+    let (response, _body) = open.remove(0);
+    let response = timeout(Duration::from_secs(15), response).await.expect("an end").expect("answered");
+    assert_eq!(response.headers()["grpc-status"], "4", "a message has its time");
+}
+
+async fn errors_fit_into_headers(world: World) {
+    let admin = world.admin().await;
+    let request =
+        proto::CreateTokenRequest { scopes: vec!["X".repeat(200); 100], audiences: vec!["X".to_owned(); 20], ..new_token("", &[]) };
+    let status = admin.create(request).await.expect_err("wrong in many fields");
+    let violations = status.get_details_bad_request().expect("BadRequest").field_violations;
+    assert_eq!(violations.len(), 17);
+    assert!(violations[16].description.contains("105 more"), "{:?}", violations[16]);
+    assert!(status.details().len() * 4 / 3 + status.message().len() < 7 * 1024, "{} bytes", status.details().len());
+    let states = proto::ListTokensRequest { states: vec![99; 20_000], ..Default::default() };
+    let status = admin.list(states).await.expect_err("wrong in many fields");
+    assert!(status.details().len() * 4 / 3 + status.message().len() < 7 * 1024, "{} bytes", status.details().len());
+}
+
 async fn other_protocols_do_no_harm(world: World) {
     let address = world.server().address();
     for greeting in [&b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"[..], b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", &[0; 64]] {
@@ -296,7 +352,8 @@ fn running_out_of_file_descriptors_is_outlived() {
         folder.path().join("data").display()
     );
     let log = std::fs::File::create(folder.path().join("log")).expect("writable");
-    let mut server = std::process::Command::new("sh").args(["-c", &serve]).stdout(std::process::Stdio::null()).stderr(log).spawn().expect("it runs");
+    let mut server =
+        std::process::Command::new("sh").args(["-c", &serve]).stdout(std::process::Stdio::null()).stderr(log).spawn().expect("it runs");
     let said = |text: &str| std::fs::read_to_string(folder.path().join("log")).expect("readable").contains(text);
     crate::world::runtime().block_on(async {
         eventually("the server serves", async || said("serving").then_some(())).await;
@@ -307,7 +364,8 @@ fn running_out_of_file_descriptors_is_outlived() {
         eventually("it has run out", async || said("could not be accepted").then_some(())).await;
         drop(crowd);
         let health = eventually("it answers again", async || {
-            let channel = tonic::transport::Channel::from_shared(format!("http://127.0.0.1:{port}")).expect("an address").connect().await.ok()?;
+            let channel =
+                tonic::transport::Channel::from_shared(format!("http://127.0.0.1:{port}")).expect("an address").connect().await.ok()?;
             HealthClient::new(channel).check(HealthCheckRequest::default()).await.ok()
         })
         .await;

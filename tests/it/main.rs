@@ -25,6 +25,7 @@ mod clients;
 mod contract;
 mod crash;
 mod limits;
+mod process;
 mod proxy;
 mod secrets;
 mod self_service;

@@ -21,7 +21,9 @@ struct Orders {
     cut: AtomicBool,
     /// The first connection that sends these bytes has its replies held.
     hold: Mutex<Option<Vec<u8>>>,
-    /// Some connection's replies are held.
+    /// What holds these bytes is not passed on.
+    stop: Mutex<Option<Vec<u8>>>,
+    /// Something is held.
     holding: AtomicBool,
 }
 
@@ -78,6 +80,12 @@ impl Proxy {
         *self.orders.hold.lock().expect("not poisoned") = Some(bytes);
     }
 
+    /// Holds the first request that holds these bytes, until [`Proxy::release`].
+    pub fn hold_before(&self, bytes: Vec<u8>) {
+        self.release.send_replace(false);
+        *self.orders.stop.lock().expect("not poisoned") = Some(bytes);
+    }
+
     pub fn is_holding(&self) -> bool {
         self.orders.holding.load(Ordering::SeqCst)
     }
@@ -92,26 +100,41 @@ async fn pass(client: TcpStream, server: TcpStream, orders: Arc<Orders>, release
     let (server_read, server_write) = server.into_split();
     let held = Arc::new(AtomicBool::new(false));
     tokio::select! {
-        () = requests(client_read, server_write, orders, Arc::clone(&held)) => {}
+        () = requests(client_read, server_write, orders, Arc::clone(&held), released.clone()) => {}
         () = replies(server_read, client_write, held, released) => {}
     }
 }
 
-async fn requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, orders: Arc<Orders>, held: Arc<AtomicBool>) {
+async fn requests(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    orders: Arc<Orders>,
+    held: Arc<AtomicBool>,
+    mut released: watch::Receiver<bool>,
+) {
     let mut buffer = vec![0; 65_536];
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
-        {
-            let mut hold = orders.hold.lock().expect("not poisoned");
-            if hold.as_ref().is_some_and(|bytes| buffer[..count].windows(bytes.len()).any(|window| window == bytes)) {
-                *hold = None;
-                held.store(true, Ordering::SeqCst);
-                orders.holding.store(true, Ordering::SeqCst);
+        let passing = &buffer[..count];
+        if take(&orders.hold, passing) {
+            held.store(true, Ordering::SeqCst);
+            orders.holding.store(true, Ordering::SeqCst);
+        }
+        if take(&orders.stop, passing) {
+            orders.holding.store(true, Ordering::SeqCst);
+            if released.wait_for(|released| *released).await.is_err() {
+                return;
             }
         }
         if to.write_all(&buffer[..count]).await.is_err() {
             return;
         }
     }
+}
+
+/// Whether what passes is what is waited for, which is then waited for no longer.
+fn take(wanted: &Mutex<Option<Vec<u8>>>, passing: &[u8]) -> bool {
+    let mut wanted = wanted.lock().expect("not poisoned");
+    wanted.take_if(|bytes| passing.windows(bytes.len()).any(|window| window == bytes)).is_some()
 }
 
 async fn replies(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, held: Arc<AtomicBool>, mut released: watch::Receiver<bool>) {

@@ -254,7 +254,7 @@ async fn a_removed_key_ends_its_tokens(mut world: World) {
 }
 
 async fn a_second_server_is_kept_away(world: World) {
-    let second = keyward::server::Server::start(&world.config(), world.clock.clone()).await;
+    let second = keyward::server::Server::start(&world.config(), world.clock.clone(), world.limits, |_, _| Ok(())).await;
     let Err(error) = second else { panic!("two servers on one store") };
     assert!(error.contains("another keyward is using"), "{error}");
     assert_eq!(world.validator().await.verdict(world.root_token()).await, Verdict::Valid, "the first goes on");
@@ -281,6 +281,19 @@ fn a_root_token_that_a_file_has_stays_out_of_what_is_not_a_terminal() {
     assert!(token.starts_with("kw_") && token.trim().len() == 48);
     assert_eq!(fs::metadata(&file).expect("there").mode() & 0o777, 0o600);
     assert!(!said.contains(token.trim()) && said.contains("/root"), "{said}");
+}
+
+#[test]
+fn a_root_token_that_cannot_be_shown_is_not_made() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path().join("data");
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("a full device");
+    let output = serve(&data).stdin(Stdio::null()).stdout(full).stderr(Stdio::piped()).output().expect("it runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("nothing was created"), "{said}");
+    let mut second = Process(serve(&data).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("it runs"));
+    let mut lines = BufReader::new(second.0.stdout.take().expect("piped")).lines();
+    assert!(lines.any(|line| line.expect("text").contains("kw_")), "the second start shows one");
 }
 
 async fn the_root_token_is_shown_once(world: World) {

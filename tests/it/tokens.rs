@@ -227,9 +227,17 @@ async fn a_repeated_request_id_gets_the_first_answer(world: World) {
     let one = admin.tokens().regenerate_token(admin.request(regenerate.clone())).await.expect("done").into_inner();
     let two = admin.tokens().regenerate_token(admin.request(regenerate)).await.expect("answered again").into_inner();
     assert_eq!(one.secret, two.secret);
+    let soon = proto::CreateTokenRequest {
+        request_id: "soon-over".to_owned(),
+        lifetime: Some(Lifetime::ExpireTime(Timestamp { seconds: beginning() + 2, nanos: 0 })),
+        ..new_token("soon over", &[])
+    };
+    let first_of_soon = admin.create(soon.clone()).await.expect("created");
+    world.advance(Duration::from_secs(3));
+    assert_eq!(admin.create(soon).await.expect("answered, though too late to be made").secret, first_of_soon.secret);
     world.advance(Duration::from_mins(10));
     assert_ne!(admin.create(request).await.expect("a new one").secret, first.secret, "answers are kept for 10 minutes");
-    assert_eq!(world.db_number("SELECT COUNT(*) FROM replay").await, 3, "what has expired is replaced");
+    assert_eq!(world.db_number("SELECT COUNT(*) FROM replay").await, 4, "what has expired is replaced");
 }
 
 async fn concurrent_calls_with_one_request_id_create_one_token(world: World) {

@@ -406,6 +406,60 @@ fn who_joins_a_flight_after_a_revocation_reads_anew() {
 }
 
 #[test]
+fn a_commit_that_comes_late_leaves_no_old_fact() {
+    world::runtime().block_on(async {
+        let Some((world, proxy)) = world_behind_proxy().await else { return };
+        let (admin, validator) = (world.admin().await, world.validator().await);
+        let (token, secret) = admin.issue("t", &[]).await;
+        assert_eq!(validator.verdict(&secret).await, Verdict::Valid);
+        proxy.hold_before(b"COMMIT".to_vec());
+        let status = admin.revoke(&token.id).await.expect_err("the commit is on its way");
+        assert!(matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded), "{status:?}");
+        assert!(proxy.is_holding());
+        // Not revoked yet, and read anew for each call: what is read now may be over in a moment.
+        let queries = world.queries("facts").await;
+        for _ in 0..3 {
+            assert_eq!(validator.verdict(&secret).await, Verdict::Valid);
+        }
+        assert_eq!(world.queries("facts").await, queries + 3.0);
+        proxy.release();
+        eventually("the commit has come", async || (admin.get(&token.id).await.ok()?.state() == proto::TokenState::Revoked).then_some(()))
+            .await;
+        assert_eq!(validator.verdict(&secret).await, Verdict::Revoked);
+        eventually("the change is settled", async || {
+            let queries = world.queries("facts").await;
+            assert_eq!(validator.verdict(&secret).await, Verdict::Revoked);
+            (world.queries("facts").await == queries).then_some(())
+        })
+        .await;
+    });
+}
+
+#[test]
+fn what_was_known_is_forgotten_when_the_database_was_not_ours() {
+    world::runtime().block_on(async {
+        if world::postgres().is_none() {
+            return world::skip("no PostgreSQL on this machine (initdb and postgres; Debian: apt-get install postgresql)");
+        }
+        let world = World::start(Backend::Postgres).await;
+        let (admin, validator) = (world.admin().await, world.validator().await);
+        let (token, secret) = admin.issue("t", &[]).await;
+        assert_eq!(validator.verdict(&secret).await, Verdict::Valid);
+        let lock = "SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database WHERE l.locktype = 'advisory' AND d.datname = current_database()";
+        assert_eq!(world.db_number(lock).await, 1);
+        // Another server has the database for a moment, and revokes.
+        let kill = "SELECT count(pg_terminate_backend(l.pid)) FROM pg_locks l JOIN pg_database d ON d.oid = l.database \
+                    WHERE l.locktype = 'advisory' AND d.datname = current_database()";
+        assert_eq!(world.db_number(kill).await, 1);
+        world.db_execute(&format!("UPDATE token SET state = 3 WHERE id = '{}'", token.id)).await;
+        eventually("the lock is taken anew", async || (world.db_number(lock).await == 1).then_some(())).await;
+        eventually("what was known is forgotten", async || (validator.verdict(&secret).await == Verdict::Revoked).then_some(())).await;
+        // A connection that only the server's end has given up: its lock is no other server's.
+        eventually("the server goes on", async || admin.get(&token.id).await.ok()).await;
+    });
+}
+
+#[test]
 fn a_database_that_is_gone_is_unavailable() {
     world::runtime().block_on(async {
         let Some((world, proxy)) = world_behind_proxy().await else { return };

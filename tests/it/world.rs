@@ -23,6 +23,7 @@ use keyward::{
         validation_service_client::ValidationServiceClient,
     },
     server::Server,
+    token::Secret,
 };
 use sea_orm::{ConnectionTrait as _, Database, DatabaseConnection, Statement};
 use tempfile::TempDir;
@@ -158,11 +159,13 @@ impl World {
     }
 
     pub async fn try_start_server(&mut self) -> Result<(), String> {
-        let mut server = Server::start_with(&self.config(), self.clock.clone(), self.limits).await?;
-        if let Some(secret) = server.take_root_token() {
-            secret.reveal().clone_into(&mut self.root_token);
-        }
-        self.server = Some(server);
+        let (config, clock) = (self.config(), self.clock.clone());
+        let root_token = &mut self.root_token;
+        let show = |secret: &Secret, _| {
+            secret.reveal().clone_into(root_token);
+            Ok(())
+        };
+        self.server = Some(Server::start(&config, clock, self.limits, show).await?);
         Ok(())
     }
 
