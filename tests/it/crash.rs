@@ -157,15 +157,16 @@ impl Rounds {
 
     fn story(&self) -> String {
         let ((under_way, made), early) = (self.pending, self.killed_early);
-        let mut story =
-            format!("{under_way} were under way at a kill, {made} of them made; {early} processes were killed while they started");
-        if self.site.backend == Backend::Postgres {
-            let ((times, longest), sessions) = (self.locked_out, self.sessions_end);
-            story += &format!(
-                "; {times} starts met the lock of the process before, for at most {longest:?}; its sessions ended within {sessions:?}"
-            );
-        }
-        story
+        let ((times, longest), sessions) = (self.locked_out, self.sessions_end);
+        let lock = match self.site.backend {
+            Backend::Sqlite => String::new(),
+            Backend::Postgres => {
+                format!(
+                    "; {times} starts met the lock of the process before, for at most {longest:?}; its sessions ended within {sessions:?}"
+                )
+            }
+        };
+        format!("{under_way} were under way at a kill, {made} of them made; {early} processes were killed while they started{lock}")
     }
 
     /// Starts a process that serves; kills one while it starts, now and then.
@@ -576,7 +577,7 @@ impl Ledger {
     }
 }
 
-/// A simple generator (SplitMix64), so that a seed tells what was done.
+/// A simple generator (`SplitMix64`), so that a seed tells what was done.
 struct Random(u64);
 
 impl Random {

@@ -42,12 +42,14 @@ const EXPLAINING: [&str; 8] = [
 /// Tables that grow, with their names in statements. None is ever read from end to end.
 const LARGE: [&str; 9] = ["token", "t", "principal", "p", "token_usage", "token_audience", "audit_event", "change_log", "replay"];
 
-/// Filters that find few tokens, and the index that then has to be used.
-const RARE: [(&str, &str); 3] = [
+/// Filters that may find few tokens, and the index that then has to be used.
+const RARE: [(&str, &str); 4] = [
     (r#""token"."principal" ="#, "token_by_principal"),
     (r#""token"."created_by" ="#, "token_by_created_by"),
     (r#""token_audience"."audience" ="#, "token_audience"),
+    (STATE, "token_by_state"),
 ];
+const STATE: &str = r#"AND ("token"."state" ="#;
 
 /// What must be among the statements that were seen. The lists are looked for by themselves.
 const LOOK_UPS: [&str; 8] = [
@@ -156,7 +158,7 @@ impl Planned {
     /// The filter finds few tokens, or is no part of the order: what it finds may be sorted.
     fn may_sort(&self) -> bool {
         let ends_before = self.sql.contains(r#""expire_time" <"#) && !self.sql.contains(r#"ORDER BY "token"."expire_time""#);
-        ends_before || self.looks_at_everything() || RARE.iter().any(|(filter, _)| self.sql.contains(filter))
+        ends_before || self.looks_at_everything() || RARE.iter().any(|(filter, _)| *filter != STATE && self.sql.contains(filter))
     }
 
     fn has_filter(&self) -> bool {
@@ -224,7 +226,7 @@ fn logged(log: &str) -> BTreeSet<Planned> {
         let mut lines = explained.split('\u{1}');
         let sql = lines.next()?.to_owned();
         let steps: Vec<String> = lines.map(without_cost).collect();
-        let is_rare = |step: &String| ["'person-77'", "'rare-admin'", "'rare'"].iter().any(|value| step.contains(value));
+        let is_rare = |step: &String| ["'person-77'", "'rare-admin'", "'rare'", "(state = '2'"].iter().any(|value| step.contains(value));
         let values = if steps.iter().any(is_rare) { Values::Rare } else { Values::Any };
         Some(Planned { sql, values, steps })
     };
@@ -337,7 +339,7 @@ fn value(name: &str, rare: bool) -> String {
     match name {
         r#""workspace""# => "'default'".to_owned(),
         r#""kind""# => "1".to_owned(),
-        r#""state""# => if rare { "3" } else { "1" }.to_owned(),
+        r#""state""# => if rare { "2" } else { "1" }.to_owned(),
         r#""principal""# => text("person-77", "person-0"),
         r#""created_by""# => text("rare-admin", "admin"),
         r#""audience""# => text("rare", "billing"),
@@ -440,11 +442,11 @@ const FILL: [&str; 8] = [
      SELECT 'tok_' || {padded}, CASE WHEN n % 50 = 1 THEN 'other' WHEN n % 1000 = 2 THEN 'small' ELSE 'default' END, {digest},
         CASE WHEN n % 100 = 3 THEN {digest} END, CASE WHEN n % 100 = 3 THEN {now} END, 'service ' || (n * 7919 % 1000003),
         CASE WHEN n % 20 = 4 THEN 'person-0' ELSE 'person-' || (n % 20000) END, CASE WHEN n % 10 = 5 THEN 2 ELSE 1 END,
-        CASE WHEN n % 20 = 6 THEN 2 WHEN n % 25 = 7 THEN 3 ELSE 1 END, 'kw_00000', 'agents:list storage:read',
+        CASE WHEN n % 40000 = 6 THEN 2 WHEN n % 25 = 7 THEN 3 ELSE 1 END, 'kw_00000', 'agents:list storage:read',
         CASE WHEN n % 10 = 8 THEN 'billing' WHEN n % 40000 = 9 THEN 'rare' ELSE '' END, '', '{}', '',
         CASE WHEN n % 40000 = 10 THEN 'rare-admin' ELSE 'admin' END, {now} - ({rows} - n) * 1000000, {now} - ({rows} - n) * 1000000,
         CASE WHEN n % 20 = 11 THEN 9223372036854775807 WHEN n % 10 = 2 THEN {now} - n * 1000000 ELSE {now} + n * 8000000 END,
-        CASE WHEN n % 25 = 7 AND n % 20 <> 6 THEN {now} END, '', CASE WHEN n % 100 = 14 THEN {now} END, 1
+        CASE WHEN n % 25 = 7 THEN {now} END, '', CASE WHEN n % 100 = 14 THEN {now} END, 1
      FROM {numbers}",
     "INSERT INTO token_audience SELECT workspace, audiences, id FROM token WHERE audiences <> '' AND delete_time IS NULL",
     "INSERT INTO token_usage SELECT 'tok_' || {padded}, n, {now} - n, '' FROM {numbers} WHERE n % 2 = 0",
