@@ -25,6 +25,7 @@ mod clients;
 mod contract;
 mod crash;
 mod limits;
+mod plans;
 mod process;
 mod proxy;
 mod secrets;
