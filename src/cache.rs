@@ -1,6 +1,6 @@
 //! A bounded map from digest to facts, and the tombstones that keep a slow read from bringing an ended token back.
 //!
-//! A change is announced by [`Cache::bury`] after its commit: it leaves a tombstone and removes the entry. A read of the store takes a
+//! A change puts its digests under an embargo before its commit and lifts it when the commit is certain; both leave a tombstone and remove the entry. A read of the store takes a
 //! [`Ticket`] before its statement is sent, and what it read is admitted only if no tombstone is younger than the ticket.
 //!
 //! Invariant: what was read before a change is never found after the change was announced (test `a_slow_read_is_not_admitted`).
@@ -26,8 +26,6 @@ const READ_AGE_MAX: Duration = Duration::from_secs(10);
 /// Longer than any read that could still be admitted.
 const TOMBSTONE_AGE_MAX: Duration = Duration::from_secs(20);
 const SHARDS: usize = 64;
-/// Younger than every ticket.
-const EMBARGO: u64 = u64::MAX;
 
 /// What the store says of a digest.
 #[derive(Clone, Debug)]
@@ -63,6 +61,8 @@ type DigestState = BuildHasherDefault<DigestHasher>;
 struct Tombstone {
     generation: u64,
     since: Stopwatch,
+    /// Changes of which it is uncertain whether they were made.
+    embargoes: u32,
 }
 
 /// When a read of the store began.
@@ -129,7 +129,8 @@ impl Cache {
     #[must_use]
     pub fn admit(&self, digest: Digest, fact: Fact, ticket: Ticket) -> bool {
         let tombstones = self.shard(&digest).lock();
-        let buried = tombstones.get(&digest).is_some_and(|tombstone| tombstone.generation > ticket.generation);
+        let late = |tombstone: &Tombstone| tombstone.embargoes > 0 || tombstone.generation > ticket.generation;
+        let buried = tombstones.get(&digest).is_some_and(late);
         let cleared = ticket.generation < self.floor.load(Ordering::SeqCst);
         if buried || cleared || ticket.since.elapsed() >= READ_AGE_MAX {
             return false;
@@ -141,16 +142,24 @@ impl Cache {
 
     /// Announces a committed change of the token with this digest.
     pub fn bury(&self, digest: &Digest) {
-        let mut tombstones = self.shard(digest).lock();
-        let generation = self.generation.fetch_add(1, Ordering::SeqCst) + 1;
-        tombstones.insert(*digest, Tombstone { generation, since: Stopwatch::start() });
-        self.facts.remove(digest);
+        self.entomb(digest, |embargoes| embargoes);
     }
 
-    /// Admits nothing for this digest until it is buried: a change of it may still be made.
+    /// Admits nothing for this digest until [`Cache::lift`]: a change of it is being made, and nobody knows when it takes effect.
     pub fn embargo(&self, digest: &Digest) {
+        self.entomb(digest, |embargoes| embargoes + 1);
+    }
+
+    /// Announces that a change under an embargo was made or was not: what is read from now on is certain.
+    pub fn lift(&self, digest: &Digest) {
+        self.entomb(digest, |embargoes| embargoes.saturating_sub(1));
+    }
+
+    fn entomb(&self, digest: &Digest, embargoes: impl FnOnce(u32) -> u32) {
         let mut tombstones = self.shard(digest).lock();
-        tombstones.insert(*digest, Tombstone { generation: EMBARGO, since: Stopwatch::start() });
+        let generation = self.generation.fetch_add(1, Ordering::SeqCst) + 1;
+        let before = tombstones.get(digest).map_or(0, |tombstone| tombstone.embargoes);
+        tombstones.insert(*digest, Tombstone { generation, since: Stopwatch::start(), embargoes: embargoes(before) });
         self.facts.remove(digest);
     }
 
@@ -168,7 +177,7 @@ impl Cache {
     /// Forgets tombstones that no read can be older than. For memory only.
     pub fn prune(&self) {
         for shard in &self.tombstones {
-            shard.lock().retain(|_, tombstone| tombstone.generation == EMBARGO || tombstone.since.elapsed() < TOMBSTONE_AGE_MAX);
+            shard.lock().retain(|_, tombstone| tombstone.embargoes > 0 || tombstone.since.elapsed() < TOMBSTONE_AGE_MAX);
         }
     }
 
@@ -203,9 +212,15 @@ mod tests {
     fn an_embargo_lasts_until_the_change_is_certain() {
         let cache = Cache::new(10);
         cache.embargo(&digest(1));
+        cache.embargo(&digest(1));
         cache.prune();
-        assert!(!cache.admit(digest(1), Fact::Absent, cache.ticket()));
-        cache.bury(&digest(1));
+        for end in [Cache::bury, Cache::lift, Cache::bury] {
+            assert!(!cache.admit(digest(1), Fact::Absent, cache.ticket()));
+            end(&cache, &digest(1));
+        }
+        let before = cache.ticket();
+        cache.lift(&digest(1));
+        assert!(!cache.admit(digest(1), Fact::Absent, before), "what was read under the embargo may be old");
         assert!(cache.admit(digest(1), Fact::Absent, cache.ticket()));
     }
 

@@ -12,7 +12,11 @@ mod listing;
 mod replay;
 mod rules;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
@@ -429,7 +433,8 @@ impl Issuer {
                 caller.outranks(&token.scopes)?;
             }
             let digests: Vec<Digest> = live.iter().flat_map(|(_, digests)| digests).copied().collect();
-            tx.revoke_live_tokens(&workspace, &principal, &reason, &digests, now).await?;
+            let ids: Vec<TokenId> = live.iter().map(|(token, _)| token.id).collect();
+            tx.revoke_tokens(&ids, &reason, &digests, now).await?;
             tx.audit(live.iter().map(|(token, _)| {
                 let mut ended = token.clone();
                 end(&mut ended, &reason, now);
@@ -506,29 +511,24 @@ impl Issuer {
         Ok(found)
     }
 
-    /// Commits and announces the change. A commit that failed may have been made all the same, or may still be made: until that is
-    /// certain, nothing that is read of these digests is kept.
+    /// Commits and announces the change. From before the commit until it is certain what became of it, nothing that is read of these
+    /// digests is kept: a commit may be made although its answer is late, or fails to come.
     async fn conclude(self: &Arc<Self>, tx: Tx<'_>, digests: &[Digest], now: Time) -> Result<()> {
+        for digest in digests {
+            self.cache.embargo(digest);
+        }
         let committed = tx.commit(now).await;
         if committed.is_err() {
-            for digest in digests {
-                self.cache.embargo(digest);
-            }
-            tokio::spawn(Arc::clone(self).settle(digests.to_vec()));
+            tokio::spawn(settle(Arc::downgrade(self), digests.to_vec()));
         } else {
-            self.bury(digests);
+            self.lift(digests);
         }
         committed
     }
 
-    /// Lifts an embargo. Whoever holds the lock of changes knows that the changes before have ended, one way or the other.
-    async fn settle(self: Arc<Self>, digests: Vec<Digest>) {
-        loop {
-            match self.store.begin_change().await {
-                Ok(_lock) => return self.bury(&digests),
-                Err(error) => tracing::warn!(%error, "a change whose outcome is uncertain is not settled yet"),
-            }
-            tokio::time::sleep(SETTLE_INTERVAL).await;
+    fn lift(&self, digests: &[Digest]) {
+        for digest in digests {
+            self.cache.lift(digest);
         }
     }
 
@@ -552,6 +552,18 @@ impl Issuer {
 
 const REVOKED: &str = "the token was revoked, which is for good; create a new one";
 const EXPIRED: &str = "the token has expired; create a new one";
+
+/// Lifts an embargo. Whoever holds the lock of changes knows that the changes before have ended, one way or the other.
+async fn settle(issuer: Weak<Issuer>, digests: Vec<Digest>) {
+    while let Some(issuer) = issuer.upgrade() {
+        match issuer.store.begin_change().await {
+            Ok(_lock) => return issuer.lift(&digests),
+            Err(error) => tracing::warn!(%error, "a change whose outcome is uncertain is not settled yet"),
+        }
+        drop(issuer);
+        tokio::time::sleep(SETTLE_INTERVAL).await;
+    }
+}
 
 /// The token that is asked for, without its secret.
 fn draft(caller: &Caller, new: NewToken, request: &RequestId, now: Time) -> Result<Token> {

@@ -166,15 +166,18 @@ impl Server {
             metrics.abort();
         }
         let end = async {
-            self.rooms.usage.flush(&self.rooms.store).await?;
-            self.rooms.store.close().await
+            let flushed = self.rooms.usage.flush(&self.rooms.store).await;
+            flushed.and(self.rooms.store.close().await)
         };
         match timeout(LAST_WRITES_TIMEOUT, end).await {
             Ok(Ok(())) => {
                 tracing::info!("stopped");
                 Ok(())
             }
-            _ => Err(format!("the database did not take everything; the uses of {} tokens are lost", self.rooms.usage.backlog())),
+            _ => Err(format!(
+                "the database did not take everything in time; the uses of {} tokens are not written",
+                self.rooms.usage.backlog()
+            )),
         }
     }
 
@@ -205,6 +208,7 @@ impl Server {
                     }
                     Ok(Hold::Lost) => {
                         tracing::error!("another keyward has taken this database: this one stops");
+                        rooms.cache.clear();
                         lost.send_replace(true);
                     }
                     Err(error) => report("the database does not answer", Err(error)),

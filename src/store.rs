@@ -283,7 +283,7 @@ impl Store {
         let Exclusive::Session { url, name, connection } = &self.exclusive else { return Ok(Hold::Kept) };
         let work = async {
             let mut connection = connection.lock().await;
-            if connection.ping().await.is_ok() {
+            if matches!(timeout(ACQUIRE_TIMEOUT, connection.ping()).await, Ok(Ok(()))) {
                 return Ok(Hold::Kept);
             }
             let mut session = connect_session(url, name).await?;
@@ -439,7 +439,8 @@ async fn take_lock(session: &mut sqlx::PgConnection) -> std::result::Result<bool
              AND usename = current_user AND pid <> pg_backend_pid()",
         );
         if ended.fetch_all(&mut *session).await?.is_empty() {
-            return Ok(false);
+            // None of ours is left; the last may just have gone.
+            return sqlx::query_scalar("SELECT pg_try_advisory_lock($1)").bind(LOCK_SERVE).fetch_one(&mut *session).await;
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }

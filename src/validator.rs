@@ -186,15 +186,13 @@ impl Validator {
     /// Reads a digest that the cache does not know, together with everybody else who asks for it now.
     async fn fetch(self: &Arc<Self>, digest: Digest) -> Result<Fact> {
         self.misses.fetch_add(1, Ordering::Relaxed);
-        let (mut flight, began) = self.join(digest)?;
-        // An error here means that the flight ended without a landing.
-        let landing = flight.wait_for(Option::is_some).await.ok().and_then(|landing| landing.clone());
-        match landing {
-            Some(Landing::Admitted(fact)) => Ok(fact),
-            Some(Landing::Overtaken(fact)) if began => Ok(fact),
-            Some(Landing::Failed(error)) => Err(shared(&error)),
-            Some(Landing::Overtaken(_)) | None => Ok(self.read(&[digest]).await?.remove(&digest).unwrap_or(Fact::Absent)),
+        let (flight, began) = self.join(digest)?;
+        if let Some(fact) = land(flight, began).await? {
+            return Ok(fact);
         }
+        // A flight leaves the list before it lands, so that whichever is in the list now began after this call did.
+        let (flight, _) = self.join(digest)?;
+        land(flight, true).await?.ok_or_else(|| Error::Internal("a look-up ended without an answer".into()))
     }
 
     /// Joins the flight for a digest, or begins one; says whether it did.
@@ -262,6 +260,16 @@ impl Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         self.validator.flights.lock().remove(&self.digest);
+    }
+}
+
+/// What a flight brings; nothing if it is not for this call, or came down without landing.
+async fn land(mut flight: watch::Receiver<Option<Landing>>, overtaken_too: bool) -> Result<Option<Fact>> {
+    match flight.wait_for(Option::is_some).await.ok().and_then(|landing| landing.clone()) {
+        Some(Landing::Admitted(fact)) => Ok(Some(fact)),
+        Some(Landing::Overtaken(fact)) if overtaken_too => Ok(Some(fact)),
+        Some(Landing::Failed(error)) => Err(shared(&error)),
+        Some(Landing::Overtaken(_)) | None => Ok(None),
     }
 }
 

@@ -11,10 +11,12 @@
 
 use std::{
     net::SocketAddr,
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -81,7 +83,8 @@ const KIB: usize = 1_024;
 const fn method(path: &'static str, access: Access, plane: Plane) -> Method {
     let request_bytes_max = match plane {
         Plane::Data => 16 * KIB,
-        Plane::Control | Plane::Health | Plane::Stream => 64 * KIB,
+        Plane::Control | Plane::Stream => 64 * KIB,
+        Plane::Health => KIB,
     };
     Method { path, access, plane, request_bytes_max }
 }
@@ -111,18 +114,41 @@ pub const METHODS: [Method; 20] = [
 ];
 
 /// Counts a call as long as it is under way.
-struct Active<'a>(&'a AtomicUsize);
+struct Active(Arc<AtomicUsize>);
 
-impl<'a> Active<'a> {
-    fn new(count: &'a AtomicUsize) -> Self {
+impl Active {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
         count.fetch_add(1, Ordering::SeqCst);
-        Self(count)
+        Self(Arc::clone(count))
     }
 }
 
-impl Drop for Active<'_> {
+impl Drop for Active {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// An answer whose call is under way until the last of it is taken.
+struct Counted {
+    body: Body,
+    _active: Active,
+}
+
+impl http_body::Body for Counted {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<http_body::Frame<Bytes>, Status>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        self.body.size_hint()
     }
 }
 
@@ -167,7 +193,7 @@ pub struct Gate {
     data_calls: Semaphore,
     control_calls: Semaphore,
     health_calls: Semaphore,
-    active: AtomicUsize,
+    active: Arc<AtomicUsize>,
 }
 
 impl Gate {
@@ -182,7 +208,7 @@ impl Gate {
             data_calls: Semaphore::new(limits.data_calls_max),
             control_calls: Semaphore::new(limits.control_calls_max),
             health_calls: Semaphore::new(HEALTH_CALLS_MAX),
-            active: AtomicUsize::new(0),
+            active: Arc::default(),
         }
     }
 
@@ -199,14 +225,17 @@ impl Gate {
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let watch = Stopwatch::start();
-        let _active = Active::new(&self.active);
+        let active = Active::new(&self.active);
         let known = METHODS.iter().find(|method| method.path == request.uri().path());
         let mut who = None;
         let response = match known {
             None => status::complete(&Status::unimplemented("")).unwrap_or_else(|| Status::unimplemented("")).into_http(),
             Some(method) => self.serve_known(*method, request, peer, &mut who).await,
         };
-        let response = completed(response);
+        let response = match known.map(|method| method.plane) {
+            Some(Plane::Data | Plane::Control) => completed(response).map(|body| Body::new(Counted { body, _active: active })),
+            _ => completed(response),
+        };
         let (path, code) = (known.map_or(UNKNOWN_METHOD, |method| method.path), code(response.headers()));
         self.api.metrics.request(path, code, watch.elapsed());
         let caller = who.as_ref().and_then(|caller: &Caller| caller.token_id);

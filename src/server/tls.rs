@@ -73,7 +73,7 @@ fn caller_of(identity: &CertificateIdentity, stream: &TlsStream<TcpStream>) -> C
         workspace: identity.workspace.as_str().into(),
         principal: identity.principal.as_str().into(),
         scopes: identity.scopes.clone().into(),
-        address: stream.get_ref().0.peer_addr().ok().map(|address| address.ip()),
+        address: stream.get_ref().0.peer_addr().ok().map(|address| address.ip().to_canonical()),
     }
 }
 

@@ -222,28 +222,22 @@ impl Tx<'_> {
         self.bounded(token::Entity::update(changed).exec(&self.inner)).await.map(drop)
     }
 
-    /// Ends every token that [`Tx::live_tokens`] found, in one statement.
+    /// Ends tokens: those that were read, and no other that may have come since.
     ///
     /// # Errors
     /// `Unavailable`.
-    pub async fn revoke_live_tokens(
-        &mut self,
-        workspace: &str,
-        principal: &str,
-        reason: &str,
-        digests: &[Digest],
-        now: Time,
-    ) -> Result<()> {
+    pub async fn revoke_tokens(&mut self, ids: &[TokenId], reason: &str, digests: &[Digest], now: Time) -> Result<()> {
         self.touch(digests);
-        let revoked = entity::state_number(State::Revoked);
-        let values = vec![revoked.into(), now.micros().into(), reason.into(), workspace.into(), principal.into()];
-        self.execute(
-            "UPDATE token SET state = $1, revoke_time = $2, update_time = $2, revoke_reason = $3, version = version + 1 \
-             WHERE workspace = $4 AND principal = $5 AND delete_time IS NULL AND state <> $1 AND expire_time > $2",
-            values,
-        )
-        .await
-        .map(drop)
+        for chunk in ids.chunks(ROWS_MAX) {
+            let places = (4..4 + chunk.len()).map(|number| format!("${number}")).collect::<Vec<_>>().join(", ");
+            let sql = format!(
+                "UPDATE token SET state = $1, revoke_time = $2, update_time = $2, revoke_reason = $3, version = version + 1 WHERE id IN ({places})"
+            );
+            let mut values = vec![entity::state_number(State::Revoked).into(), now.micros().into(), reason.into()];
+            values.extend(chunk.iter().map(|id| Value::from(id.to_string())));
+            self.execute(&sql, values).await?;
+        }
+        Ok(())
     }
 
     /// Replaces a token's audiences in the list of the tokens of a product.

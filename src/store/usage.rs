@@ -25,7 +25,7 @@ pub struct UseDelta {
 }
 
 impl Store {
-    /// Adds uses: all of them or, on an error, none.
+    /// Adds uses: all of them or none. If the database's answer is lost, nobody knows which.
     ///
     /// # Errors
     /// `Unavailable`, `Overloaded`.

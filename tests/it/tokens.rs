@@ -32,6 +32,7 @@ crate::on_both_databases!(
     grace_never_outlives_the_token,
     a_deleted_token_is_gone,
     revoking_a_principal_ends_every_live_token,
+    tokens_that_come_while_their_principal_is_revoked_are_whole,
     an_administrator_cannot_take_over_a_root_token,
     nobody_grants_what_they_do_not_hold,
     tokens_of_another_workspace_are_not_found,
@@ -609,6 +610,42 @@ async fn revoking_a_principal_ends_every_live_token(world: World) {
     assert_eq!(admin.revoke_principal("alice").await.expect("nothing left"), 0);
     assert_eq!(admin.revoke_principal("nobody").await.expect("nothing there"), 0);
     assert_eq!(fields(&admin.revoke_principal("").await.expect_err("whose?")), ["principal"]);
+}
+
+async fn tokens_that_come_while_their_principal_is_revoked_are_whole(world: World) {
+    let (admin, validator) = (world.admin().await, world.validator().await);
+    let mut creators = tokio::task::JoinSet::new();
+    for creator in 0..4 {
+        let (admin, validator) = (admin.clone(), validator.clone());
+        creators.spawn(async move {
+            let mut created = Vec::new();
+            for number in 0..25 {
+                let request = proto::CreateTokenRequest { principal: "alice".to_owned(), ..new_token(&format!("{creator} {number}"), &[]) };
+                let answer = admin.create(request).await.expect("created");
+                validator.verdict(&answer.secret).await;
+                created.push((answer.token.expect("a token").id, answer.secret));
+            }
+            created
+        });
+    }
+    let mut revoked = 0;
+    while creators.len() > 0 && revoked < 100 {
+        revoked += admin.revoke_principal("alice").await.expect("done");
+        if creators.try_join_next().is_some() {
+            break;
+        }
+    }
+    // What one pass has ended and what it has not: store and validator agree, and each end has its audit row.
+    let rows = "SELECT COUNT(*) FROM audit_event WHERE method = 'RevokePrincipalTokens'";
+    let stored = "SELECT COUNT(*) FROM token WHERE principal = 'alice' AND state = 3";
+    for created in creators.join_all().await {
+        for (id, secret) in created {
+            let ended = admin.get(&id).await.expect("found").state() == proto::TokenState::Revoked;
+            assert_eq!(validator.verdict(&secret).await == Verdict::Revoked, ended, "{id}");
+        }
+    }
+    assert_eq!(world.db_number(rows).await, world.db_number(stored).await);
+    assert_eq!(world.db_number(rows).await, i64::from(revoked));
 }
 
 async fn an_administrator_cannot_take_over_a_root_token(world: World) {
