@@ -629,7 +629,7 @@ async fn tokens_that_come_while_their_principal_is_revoked_are_whole(world: Worl
         });
     }
     let mut revoked = 0;
-    while creators.len() > 0 && revoked < 100 {
+    while !creators.is_empty() && revoked < 100 {
         revoked += admin.revoke_principal("alice").await.expect("done");
         if creators.try_join_next().is_some() {
             break;
