@@ -836,7 +836,11 @@ async fn a_cancelled_change_is_whole(world: World) {
             let written = world.db_number(&rows).await == 1;
             let stored = admin.get(&token.id).await.expect("found").state() == proto::TokenState::Revoked;
             let judged = validator.verdict(&secret).await == Verdict::Revoked;
-            (written == stored && stored == judged).then_some(())
+            // And it is known again: nothing that was left half done keeps it from memory.
+            let queries = world.queries("facts").await;
+            let again = validator.verdict(&secret).await == Verdict::Revoked;
+            let known = world.queries("facts").await == queries;
+            (written == stored && stored == judged && judged == again && known).then_some(())
         })
         .await;
     }
