@@ -4,15 +4,25 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const FILES: [&str; 3] = ["keyward/v1/self_service.proto", "keyward/v1/token_service.proto", "keyward/v1/validation_service.proto"];
+const FILES: [&str; 6] = [
+    "keyward/v1/audit_service.proto",
+    "keyward/v1/principal_service.proto",
+    "keyward/v1/self_service.proto",
+    "keyward/v1/token_service.proto",
+    "keyward/v1/validation_service.proto",
+    "keyward/v1/workspace_service.proto",
+];
 
 /// Messages that carry a token: their derived `Debug` would print it. `api` writes one that does not.
-const SECRET: [&str; 5] = [
+const SECRET: [&str; 8] = [
     "keyward.v1.ValidateTokenRequest",
     "keyward.v1.BatchValidateTokensRequest",
     "keyward.v1.CreateTokenResponse",
     "keyward.v1.RegenerateTokenResponse",
     "keyward.v1.RegenerateSelfResponse",
+    "keyward.v1.CreateMyTokenResponse",
+    "keyward.v1.IssueTemporaryTokenResponse",
+    "keyward.v1.ReportLeakedTokensRequest",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -4,12 +4,16 @@
 //! Invariant: a handler runs only for a caller whom the [`gate`] has found good for this very call
 //! (test `every_method_is_closed_to_those_it_is_not_for`).
 
+mod audit_events;
 mod convert;
 pub mod gate;
+mod principals;
+mod reports;
 mod self_service;
 mod status;
 mod tokens;
 mod validation;
+mod workspaces;
 
 use std::sync::Arc;
 
@@ -18,27 +22,41 @@ use tonic_health::{pb::health_server::HealthServer, server::HealthService};
 
 use crate::{
     ambient::Time,
+    audit::Audit,
     caller::Caller,
+    directory::Directory,
     error::Error,
     issuer::Issuer,
     proto::{
-        DESCRIPTORS, self_service_server::SelfServiceServer, token_service_server::TokenServiceServer,
-        validation_service_server::ValidationServiceServer,
+        DESCRIPTORS, audit_service_server::AuditServiceServer, principal_service_server::PrincipalServiceServer,
+        self_service_server::SelfServiceServer, token_service_server::TokenServiceServer,
+        validation_service_server::ValidationServiceServer, workspace_service_server::WorkspaceServiceServer,
     },
     telemetry::Metrics,
     validator::Validator,
 };
 
 /// The services whose health is told one by one.
-pub const SERVICES: [&str; 3] = ["keyward.v1.SelfService", "keyward.v1.TokenService", "keyward.v1.ValidationService"];
+pub const SERVICES: [&str; 6] = [
+    "keyward.v1.AuditService",
+    "keyward.v1.PrincipalService",
+    "keyward.v1.SelfService",
+    "keyward.v1.TokenService",
+    "keyward.v1.ValidationService",
+    "keyward.v1.WorkspaceService",
+];
 
 /// What the handlers ask.
 #[derive(Clone)]
 pub struct Api {
     /// The data plane.
     pub validator: Arc<Validator>,
-    /// The control plane.
+    /// Tokens.
     pub issuer: Arc<Issuer>,
+    /// Workspaces and principals.
+    pub directory: Arc<Directory>,
+    /// Who did what.
+    pub audit: Arc<Audit>,
     /// Where verdicts are counted.
     pub metrics: Arc<Metrics>,
 }
@@ -74,6 +92,9 @@ impl Api {
         routes
             .add_service(ValidationServiceServer::new(self.clone()))
             .add_service(TokenServiceServer::new(self.clone()))
+            .add_service(WorkspaceServiceServer::new(self.clone()))
+            .add_service(PrincipalServiceServer::new(self.clone()))
+            .add_service(AuditServiceServer::new(self.clone()))
             .add_service(SelfServiceServer::new(self))
             .add_service(HealthServer::new(health).max_decoding_message_size(gate::PUBLIC_BYTES_MAX))
             .add_service(reflection().build_v1()?.max_decoding_message_size(gate::PUBLIC_BYTES_MAX))

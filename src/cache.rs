@@ -1,14 +1,17 @@
-//! A bounded map from digest to facts, and the tombstones that keep a slow read from bringing an ended token back.
+//! Bounded maps of facts, and what keeps a slow read from bringing an ended token back.
 //!
-//! A change puts its digests under an embargo before its commit and lifts it when the commit is certain; both leave a tombstone and remove the entry. A read of the store takes a
-//! [`Ticket`] before its statement is sent, and what it read is admitted only if no tombstone is younger than the ticket.
+//! A change puts its subjects under an embargo before its commit and lifts it when the commit is certain. A read of the store takes a [`Ticket`] before its
+//! statement is sent. For a token, both ends of an embargo leave a tombstone and remove the entry, and what was read is admitted only if no tombstone is younger
+//! than the ticket. A principal or a workspace may have a million entries: its changes raise the [`Mark`] that every entry of it is compared with when it
+//! is found, so that all of them are out of date at once and make way one by one.
 //!
-//! Invariant: what was read before a change is never found after the change was announced (test `a_slow_read_is_not_admitted`).
+//! Invariant: what was read before a change is never found after the change was announced (tests `a_slow_read_is_not_admitted`,
+//! `a_change_of_a_workspace_reaches_all_that_hangs_on_it`).
 //! Invariant: a hit takes no lock that tombstones are under; entries age from their write, never from their last use.
 
 use std::{
     collections::HashMap,
-    hash::{BuildHasherDefault, Hasher},
+    hash::{BuildHasherDefault, DefaultHasher, Hash, Hasher},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -17,15 +20,26 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use quick_cache::{UnitWeighter, sync};
+use quick_cache::{UnitWeighter, Weighter, sync};
 
-use crate::{ambient::Stopwatch, grant::Grant, token::Digest};
+use crate::{
+    ambient::Stopwatch,
+    grant::{Grant, Subject},
+    scope::Routes,
+    token::Digest,
+};
 
 /// A read of the store that took longer is used by its caller only, and by nobody who joined it.
 const READ_AGE_MAX: Duration = Duration::from_secs(10);
 /// Longer than any read that could still be admitted.
 const TOMBSTONE_AGE_MAX: Duration = Duration::from_secs(20);
 const SHARDS: usize = 64;
+/// Principals and workspaces share this many marks. Two that share one are out of date together, which costs a read and nothing else.
+const MARKS: usize = 1 << 16;
+/// Tables of routes, in bytes, all of them together.
+const ROUTES_BYTES_MAX: u64 = 64 << 20;
+/// Principals who come with client certificates.
+const STANDINGS_MAX: usize = 10_000;
 
 /// What the store says of a digest.
 #[derive(Clone, Debug)]
@@ -62,7 +76,84 @@ struct Tombstone {
     generation: u64,
     since: Stopwatch,
     /// Changes of which it is uncertain whether they were made.
-    embargoes: u32,
+    embargoes: u64,
+}
+
+/// What a certificate's principal may do, as far as the store says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Standing {
+    /// Whether the principal or its workspace is suspended or gone.
+    pub is_suspended: bool,
+    /// Whether the principal has the role of an administrator.
+    pub is_admin: bool,
+}
+
+/// Which marks an entry is compared with; the first of all marks is never raised.
+#[derive(Clone, Copy)]
+struct Marks([u16; 2]);
+
+impl Marks {
+    const NONE: Self = Self([0; 2]);
+
+    fn of_fact(fact: &Fact) -> Self {
+        match fact {
+            Fact::Grant(grant) => Self([workspace_mark(&grant.workspace), principal_mark(&grant.workspace, &grant.principal)]),
+            Fact::Absent => Self::NONE,
+        }
+    }
+}
+
+fn workspace_mark(workspace: &str) -> u16 {
+    mark(&(1_u8, workspace))
+}
+
+fn principal_mark(workspace: &str, id: &str) -> u16 {
+    mark(&(2_u8, workspace, id))
+}
+
+fn mark(subject: &impl Hash) -> u16 {
+    let mut hasher = DefaultHasher::new();
+    subject.hash(&mut hasher);
+    let [first, second, ..] = hasher.finish().to_le_bytes();
+    u16::from_le_bytes([first, second]).max(1)
+}
+
+/// The generation of the last change, with the number of embargoes above it: a mark under an embargo is later than every ticket.
+#[derive(Default)]
+struct Mark(AtomicU64);
+
+impl Mark {
+    const GENERATION_BITS: u32 = 48;
+
+    fn is_before(&self, ticket: u64) -> bool {
+        self.0.load(Ordering::SeqCst) <= ticket
+    }
+
+    fn raise(&self, generation: u64, embargoes: impl Fn(u64) -> u64) {
+        let raised = |mark: u64| {
+            let last = mark & ((1 << Self::GENERATION_BITS) - 1);
+            Some((embargoes(mark >> Self::GENERATION_BITS) << Self::GENERATION_BITS) | last.max(generation))
+        };
+        // It always has a next value.
+        let _before = self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, raised);
+    }
+}
+
+/// A value, and what it is compared with when it is found.
+#[derive(Clone)]
+struct Entry<V> {
+    value: V,
+    generation: u64,
+    marks: Marks,
+}
+
+#[derive(Clone)]
+struct BytesWeighter;
+
+impl Weighter<Arc<str>, Entry<Arc<Routes>>> for BytesWeighter {
+    fn weight(&self, workspace: &Arc<str>, entry: &Entry<Arc<Routes>>) -> u64 {
+        u64::try_from(256 + workspace.len() + entry.value.bytes()).unwrap_or(u64::MAX)
+    }
 }
 
 /// When a read of the store began.
@@ -74,7 +165,10 @@ pub struct Ticket {
 
 /// Facts by digest.
 pub struct Cache {
-    facts: sync::Cache<Digest, Fact, UnitWeighter, DigestState>,
+    facts: sync::Cache<Digest, Entry<Fact>, UnitWeighter, DigestState>,
+    routes: sync::Cache<Arc<str>, Entry<Arc<Routes>>, BytesWeighter>,
+    standings: sync::Cache<(Arc<str>, Arc<str>), Entry<Standing>>,
+    marks: Box<[Mark]>,
     tombstones: [Mutex<HashMap<Digest, Tombstone, DigestState>>; SHARDS],
     generation: AtomicU64,
     /// What was read before this generation is not admitted.
@@ -95,6 +189,9 @@ impl Cache {
                 DigestState::default(),
                 sync::DefaultLifecycle::default(),
             ),
+            routes: sync::Cache::with_weighter(1024, ROUTES_BYTES_MAX, BytesWeighter),
+            standings: sync::Cache::new(STANDINGS_MAX),
+            marks: std::iter::repeat_with(Mark::default).take(MARKS).collect(),
             tombstones: std::array::from_fn(|_| Mutex::default()),
             generation: AtomicU64::new(0),
             floor: AtomicU64::new(0),
@@ -104,7 +201,27 @@ impl Cache {
     /// What is known of a digest.
     #[must_use]
     pub fn get(&self, digest: &Digest) -> Option<Fact> {
-        self.facts.get(digest)
+        self.facts.get(digest).and_then(|entry| self.current(entry))
+    }
+
+    /// The routes of a workspace, if they are known.
+    #[must_use]
+    pub fn routes(&self, workspace: &str) -> Option<Arc<Routes>> {
+        self.routes.get(workspace).and_then(|entry| self.current(entry))
+    }
+
+    /// The standing of a certificate's principal, if it is known.
+    #[must_use]
+    pub fn standing(&self, workspace: &Arc<str>, principal: &Arc<str>) -> Option<Standing> {
+        self.standings.get(&(Arc::clone(workspace), Arc::clone(principal))).and_then(|entry| self.current(entry))
+    }
+
+    fn current<V>(&self, entry: Entry<V>) -> Option<V> {
+        self.is_current(entry.marks, entry.generation).then_some(entry.value)
+    }
+
+    fn is_current(&self, Marks(marks): Marks, generation: u64) -> bool {
+        marks.into_iter().all(|index| self.marks.get(usize::from(index)).is_some_and(|mark| mark.is_before(generation)))
     }
 
     /// How many digests are known.
@@ -128,50 +245,105 @@ impl Cache {
     /// Takes up what was read, unless it may be out of date. Only what was admitted may be told to those who joined the read.
     #[must_use]
     pub fn admit(&self, digest: Digest, fact: Fact, ticket: Ticket) -> bool {
+        let marks = Marks::of_fact(&fact);
         let tombstones = self.shard(&digest).lock();
         let late = |tombstone: &Tombstone| tombstone.embargoes > 0 || tombstone.generation > ticket.generation;
         let buried = tombstones.get(&digest).is_some_and(late);
         let cleared = ticket.generation < self.floor.load(Ordering::SeqCst);
-        if buried || cleared || ticket.since.elapsed() >= READ_AGE_MAX {
+        if buried || cleared || ticket.since.elapsed() >= READ_AGE_MAX || !self.is_current(marks, ticket.generation) {
             return false;
         }
         // Under the lock, so that no change is announced between the look at its tombstone and the insertion.
-        self.facts.insert(digest, fact);
+        self.facts.insert(digest, Entry { value: fact, generation: ticket.generation, marks });
         true
     }
 
-    /// Announces a committed change of the token with this digest.
-    pub fn bury(&self, digest: &Digest) {
-        self.entomb(digest, |embargoes| embargoes);
+    /// As [`Cache::admit`], the routes of a workspace.
+    #[must_use]
+    pub fn admit_routes(&self, workspace: &Arc<str>, routes: &Arc<Routes>, ticket: Ticket) -> bool {
+        let marks = Marks([workspace_mark(workspace), 0]);
+        let entry = Entry { value: Arc::clone(routes), generation: ticket.generation, marks };
+        self.admit_marked(&self.routes, Arc::clone(workspace), entry, ticket)
     }
 
-    /// Admits nothing for this digest until [`Cache::lift`]: a change of it is being made, and nobody knows when it takes effect.
-    pub fn embargo(&self, digest: &Digest) {
-        self.entomb(digest, |embargoes| embargoes + 1);
+    /// As [`Cache::admit`], the standing of a certificate's principal.
+    #[must_use]
+    pub fn admit_standing(&self, workspace: &Arc<str>, principal: &Arc<str>, standing: Standing, ticket: Ticket) -> bool {
+        let marks = Marks([workspace_mark(workspace), principal_mark(workspace, principal)]);
+        let key = (Arc::clone(workspace), Arc::clone(principal));
+        self.admit_marked(&self.standings, key, Entry { value: standing, generation: ticket.generation, marks }, ticket)
+    }
+
+    /// What hangs on marks alone is compared with them whenever it is found, so that it does not matter when it is inserted.
+    fn admit_marked<K, V, W>(&self, known: &sync::Cache<K, Entry<V>, W>, key: K, entry: Entry<V>, ticket: Ticket) -> bool
+    where
+        K: Eq + Hash + Clone,
+        V: Clone,
+        W: Weighter<K, Entry<V>> + Clone,
+    {
+        let (marks, generation) = (entry.marks, entry.generation);
+        let late = ticket.generation < self.floor.load(Ordering::SeqCst) || ticket.since.elapsed() >= READ_AGE_MAX;
+        if late || !self.is_current(marks, generation) {
+            return false;
+        }
+        known.insert(key, entry);
+        true
+    }
+
+    /// Announces a committed change.
+    pub fn bury(&self, subject: &Subject) {
+        self.announce(subject, |embargoes| embargoes);
+    }
+
+    /// Admits nothing about this subject, and finds nothing, until [`Cache::lift`]: a change of it is being made, and nobody knows when it takes effect.
+    pub fn embargo(&self, subject: &Subject) {
+        self.announce(subject, |embargoes| embargoes + 1);
     }
 
     /// Announces that a change under an embargo was made or was not: what is read from now on is certain.
-    pub fn lift(&self, digest: &Digest) {
-        self.entomb(digest, |embargoes| embargoes.saturating_sub(1));
+    pub fn lift(&self, subject: &Subject) {
+        self.announce(subject, |embargoes| embargoes.saturating_sub(1));
     }
 
-    fn entomb(&self, digest: &Digest, embargoes: impl FnOnce(u32) -> u32) {
+    fn announce(&self, subject: &Subject, embargoes: impl Fn(u64) -> u64) {
+        let mark = match subject {
+            Subject::Token(digest) => return self.entomb(digest, embargoes),
+            Subject::Principal { workspace, id } => principal_mark(workspace, id),
+            Subject::Workspace(id) => workspace_mark(id),
+        };
+        let generation = self.next_generation();
+        if let Some(mark) = self.marks.get(usize::from(mark)) {
+            mark.raise(generation, embargoes);
+        }
+    }
+
+    fn entomb(&self, digest: &Digest, embargoes: impl Fn(u64) -> u64) {
         let mut tombstones = self.shard(digest).lock();
-        let generation = self.generation.fetch_add(1, Ordering::SeqCst) + 1;
+        let generation = self.next_generation();
         let before = tombstones.get(digest).map_or(0, |tombstone| tombstone.embargoes);
         tombstones.insert(*digest, Tombstone { generation, since: Stopwatch::start(), embargoes: embargoes(before) });
         self.facts.remove(digest);
     }
 
+    fn next_generation(&self) -> u64 {
+        self.generation.fetch_add(1, Ordering::SeqCst) + 1
+    }
+
     /// Forgets everything, and admits nothing that was read before now.
     pub fn clear(&self) {
-        let floor = self.generation.fetch_add(1, Ordering::SeqCst) + 1;
+        let floor = self.next_generation();
         self.floor.store(floor, Ordering::SeqCst);
         // An admission that looked at the floor before it was raised still holds its shard.
         for shard in &self.tombstones {
             drop(shard.lock());
         }
         self.facts.clear();
+        // What is inserted behind this was read before, and its marks say so.
+        for mark in self.marks.iter().skip(1) {
+            mark.raise(floor, |embargoes| embargoes);
+        }
+        self.routes.clear();
+        self.standings.clear();
     }
 
     /// Forgets tombstones that no read can be older than. For memory only.
@@ -196,11 +368,54 @@ mod tests {
         Digest::from_slice(&[byte; 24]).expect("24 bytes")
     }
 
+    fn token(byte: u8) -> Subject {
+        Subject::Token(digest(byte))
+    }
+
+    fn grant_of(workspace: &str, principal: &str) -> Fact {
+        Fact::Grant(Arc::new(Grant { workspace: workspace.into(), principal: principal.into(), ..Grant::example("ci") }))
+    }
+
+    #[test]
+    fn a_change_of_a_workspace_reaches_all_that_hangs_on_it() {
+        let cache = Cache::new(10);
+        let (ours, theirs): (Arc<str>, Arc<str>) = ("ours".into(), "theirs".into());
+        let known = || [digest(1), digest(2), digest(3)].map(|digest| cache.get(&digest).is_some());
+        let fill = || {
+            let ticket = cache.ticket();
+            cache.admit(digest(1), grant_of("ours", "alice"), ticket)
+                && cache.admit(digest(2), grant_of("ours", "bob"), ticket)
+                && cache.admit(digest(3), grant_of("theirs", "alice"), ticket)
+                && cache.admit_routes(&ours, &Arc::default(), ticket)
+                && cache.admit_standing(&theirs, &"alice".into(), Standing { is_suspended: false, is_admin: false }, ticket)
+        };
+        let alice = Subject::Principal { workspace: "ours".to_owned(), id: "alice".to_owned() };
+        assert!(fill());
+        assert_eq!(known(), [true, true, true]);
+        cache.bury(&alice);
+        assert_eq!(known(), [false, true, true], "one principal");
+        assert!(fill());
+        cache.bury(&Subject::Workspace("ours".to_owned()));
+        assert_eq!(known(), [false, false, true], "one workspace");
+        assert!(cache.routes("ours").is_none() && cache.standing(&theirs, &"alice".into()).is_some());
+        let slow = cache.ticket();
+        cache.embargo(&alice);
+        assert!(!cache.admit(digest(1), grant_of("ours", "alice"), slow), "read before the change");
+        assert!(!cache.admit(digest(1), grant_of("ours", "alice"), cache.ticket()), "read during the change");
+        let during = cache.ticket();
+        cache.lift(&alice);
+        assert!(!cache.admit(digest(1), grant_of("ours", "alice"), during), "read during the change, and late");
+        assert!(fill());
+        cache.clear();
+        assert_eq!(known(), [false; 3]);
+        assert!(cache.routes("ours").is_none() && fill());
+    }
+
     #[test]
     fn a_slow_read_is_not_admitted() {
         let cache = Cache::new(10);
         let before = cache.ticket();
-        cache.bury(&digest(1));
+        cache.bury(&token(1));
         assert!(!cache.admit(digest(1), Fact::Absent, before), "the read began before the change was announced");
         assert!(cache.get(&digest(1)).is_none());
         assert!(cache.admit(digest(2), Fact::Absent, before), "another token is not touched");
@@ -211,15 +426,15 @@ mod tests {
     #[test]
     fn an_embargo_lasts_until_the_change_is_certain() {
         let cache = Cache::new(10);
-        cache.embargo(&digest(1));
-        cache.embargo(&digest(1));
+        cache.embargo(&token(1));
+        cache.embargo(&token(1));
         cache.prune();
         for end in [Cache::bury, Cache::lift, Cache::bury] {
             assert!(!cache.admit(digest(1), Fact::Absent, cache.ticket()));
-            end(&cache, &digest(1));
+            end(&cache, &token(1));
         }
         let before = cache.ticket();
-        cache.lift(&digest(1));
+        cache.lift(&token(1));
         assert!(!cache.admit(digest(1), Fact::Absent, before), "what was read under the embargo may be old");
         assert!(cache.admit(digest(1), Fact::Absent, cache.ticket()));
     }
@@ -238,7 +453,7 @@ mod tests {
     fn a_change_removes_what_was_known() {
         let cache = Cache::new(10);
         assert!(cache.admit(digest(1), Fact::Absent, cache.ticket()));
-        cache.bury(&digest(1));
+        cache.bury(&token(1));
         assert!(cache.get(&digest(1)).is_none());
     }
 
@@ -256,7 +471,7 @@ mod tests {
     fn young_tombstones_survive_pruning() {
         let cache = Cache::new(10);
         let before = cache.ticket();
-        cache.bury(&digest(1));
+        cache.bury(&token(1));
         cache.prune();
         assert!(!cache.admit(digest(1), Fact::Absent, before));
     }
@@ -272,7 +487,7 @@ mod tests {
             scope.spawn(|| {
                 for version in 1..20_000 {
                     store.store(version, Ordering::SeqCst);
-                    cache.bury(&digest(1));
+                    cache.bury(&token(1));
                     announced.store(version, Ordering::SeqCst);
                 }
             });

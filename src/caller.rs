@@ -23,8 +23,10 @@ pub enum Access {
     Known,
     /// That they may manage their own tokens.
     Own,
-    /// That they may manage the tokens of a workspace.
+    /// That they may manage a workspace.
     Admin,
+    /// That they may do everything everywhere.
+    Root,
     /// That they may ask about tokens.
     Validate,
 }
@@ -40,6 +42,8 @@ pub struct Caller {
     pub principal: Arc<str>,
     /// What the caller may do.
     pub scopes: Arc<[Scope]>,
+    /// Whether the caller's principal has the role of an administrator.
+    pub has_admin_role: bool,
     /// Where the call came from.
     pub address: Option<IpAddr>,
 }
@@ -53,8 +57,15 @@ impl Caller {
             workspace: Arc::clone(&grant.workspace),
             principal: Arc::clone(&grant.principal),
             scopes: Arc::clone(&grant.scopes),
+            has_admin_role: grant.principal_is_admin,
             address,
         }
+    }
+
+    /// Somebody who did not say who they are.
+    #[must_use]
+    pub fn nobody(address: Option<IpAddr>) -> Self {
+        Self { token_id: None, workspace: "".into(), principal: "".into(), scopes: Arc::new([]), has_admin_role: false, address }
     }
 
     fn holds(&self, right: Right) -> bool {
@@ -67,8 +78,16 @@ impl Caller {
         self.holds(Right::Root)
     }
 
-    fn is_admin(&self) -> bool {
+    /// Whether the caller may do everything in its workspace.
+    #[must_use]
+    pub fn is_admin(&self) -> bool {
         self.is_root() || self.holds(Right::Admin)
+    }
+
+    /// Whether the caller may manage the tokens of its own principal.
+    #[must_use]
+    pub fn manages_itself(&self) -> bool {
+        self.is_admin() || self.holds(Right::Own)
     }
 
     /// Refuses the caller a method that asks for more than they hold.
@@ -78,10 +97,9 @@ impl Caller {
     pub fn authorize(&self, access: Access) -> Result<()> {
         let (allowed, refusal) = match access {
             Access::Public | Access::Known => return Ok(()),
-            Access::Own => {
-                (self.is_admin() || self.holds(Right::Own), "this method needs a token with keyward:self, keyward:admin or keyward:root")
-            }
+            Access::Own => (self.manages_itself(), "this method needs a token with keyward:self, keyward:admin or keyward:root"),
             Access::Admin => (self.is_admin(), "this method needs a token with keyward:admin or keyward:root"),
+            Access::Root => (self.is_root(), "this method needs a token with keyward:root"),
             Access::Validate => (
                 self.is_admin() || self.holds(Right::Validate) || self.holds(Right::ValidateAny),
                 "this method needs a token with keyward:validate, keyward:validate-any, keyward:admin or keyward:root",
@@ -150,6 +168,7 @@ mod tests {
             workspace: "default".into(),
             principal: "alice".into(),
             scopes: scopes.iter().map(|scope| scope.parse().expect("a scope")).collect(),
+            has_admin_role: false,
             address: None,
         }
     }
@@ -177,15 +196,16 @@ mod tests {
     #[test]
     fn each_right_opens_its_doors_only() {
         let doors = |scopes: &[&str]| {
-            [Access::Known, Access::Own, Access::Admin, Access::Validate].map(|access| caller(scopes).authorize(access).is_ok())
+            [Access::Known, Access::Own, Access::Admin, Access::Validate, Access::Root]
+                .map(|access| caller(scopes).authorize(access).is_ok())
         };
-        assert_eq!(doors(&["keyward:root"]), [true, true, true, true]);
-        assert_eq!(doors(&["keyward:admin"]), [true, true, true, true]);
-        assert_eq!(doors(&["keyward:self"]), [true, true, false, false]);
-        assert_eq!(doors(&["keyward:validate"]), [true, false, false, true]);
-        assert_eq!(doors(&["keyward:validate-any"]), [true, false, false, true]);
-        assert_eq!(doors(&["*"]), [true, false, false, false]);
-        assert_eq!(doors(&[]), [true, false, false, false]);
+        assert_eq!(doors(&["keyward:root"]), [true, true, true, true, true]);
+        assert_eq!(doors(&["keyward:admin"]), [true, true, true, true, false]);
+        assert_eq!(doors(&["keyward:self"]), [true, true, false, false, false]);
+        assert_eq!(doors(&["keyward:validate"]), [true, false, false, true, false]);
+        assert_eq!(doors(&["keyward:validate-any"]), [true, false, false, true, false]);
+        assert_eq!(doors(&["*"]), [true, false, false, false, false]);
+        assert_eq!(doors(&[]), [true, false, false, false, false]);
     }
 
     #[test]

@@ -6,17 +6,26 @@
 
 mod answer;
 mod arguments;
+mod audit;
 mod connection;
 mod expiry;
 mod failure;
+mod leaks;
 mod listing;
+mod logout;
+mod own;
+mod paging;
+mod policy;
+mod principals;
 mod questions;
 mod serve;
 mod session;
 mod settings;
+mod sheet;
 mod table;
 mod tokens;
 mod update;
+mod workspaces;
 
 use std::{
     ffi::OsString,
@@ -45,6 +54,7 @@ Start here:
   export KEYWARD_TOKEN_FILE=root.txt            say who you are
   keyward token create --name ci --expires 90d > ci.txt
   keyward validate - < ci.txt                   ask whether a token is good
+  keyward report-leaked - < found.txt           end tokens that got into the open
 
 Exit codes:
   0  done; the token is good; the service is ready
@@ -62,7 +72,8 @@ fn root() -> Command {
         .arg_required_else_help(true)
         .subcommands([serve_command(), migrate_command(), keyring_command()])
         .subcommands([questions::health_command(), questions::whoami_command(), questions::validate_command()])
-        .subcommands([tokens::token_command(), completions_command()])
+        .subcommands([tokens::token_command(), workspaces::workspace_command(), principals::principal_command()])
+        .subcommands([audit::audit_command(), logout::session_command(), leaks::report_command(), completions_command()])
 }
 
 fn serve_command() -> Command {
@@ -204,6 +215,8 @@ fn block_on(path: &str, args: &ArgMatches, session: &mut Session<'_>) -> Result<
             "health" => questions::health(args, session).await,
             "whoami" => questions::whoami(args, session).await,
             "validate" => questions::validate(args, session).await,
+            "report-leaked" => leaks::report(args, session).await,
+            "session end" => logout::end(args, session).await,
             "token create" => tokens::create(args, session).await,
             "token list" => listing::list(args, session).await,
             "token get" => tokens::get(args, session).await,
@@ -214,10 +227,30 @@ fn block_on(path: &str, args: &ArgMatches, session: &mut Session<'_>) -> Result<
             "token revoke" => tokens::revoke(args, session).await,
             "token delete" => tokens::delete(args, session).await,
             "token revoke-principal" => tokens::revoke_principal(args, session).await,
+            "workspace create" => workspaces::create(args, session).await,
+            "workspace list" => workspaces::list(args, session).await,
+            "workspace get" => workspaces::get(args, session).await,
+            "workspace update" => workspaces::update(args, session).await,
+            "workspace suspend" => workspaces::suspend(args, session).await,
+            "workspace resume" => workspaces::resume(args, session).await,
+            "workspace delete" => workspaces::delete(args, session).await,
+            "workspace export" => workspaces::export(args, session).await,
+            "workspace import" => workspaces::import(args, session).await,
+            "principal upsert" => principals::upsert(args, session).await,
+            "principal list" => principals::list(args, session).await,
+            "principal get" => principals::get(args, session).await,
+            "principal suspend" => principals::suspend(args, session).await,
+            "principal resume" => principals::resume(args, session).await,
+            "principal delete" => principals::delete(args, session).await,
+            "audit list" => audit::list_events(args, session).await,
+            "audit export" => audit::export(args, session).await,
             _ => Err(Failure::usage(format!("there is no command {path}"))),
         }
     })
 }
+
+#[cfg(test)]
+mod rehearsal;
 
 #[cfg(test)]
 mod tests {
@@ -228,7 +261,7 @@ mod tests {
     const TOKEN: &str = "prod_0abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQR";
 
     /// Runs a client command; answers its exit code, standard output and standard error.
-    fn run_client(arguments: &[&str], env: &[(&str, &str)], input: &str) -> (Exit, String, String) {
+    pub(super) fn run_client(arguments: &[&str], env: &[(&str, &str)], input: &str) -> (Exit, String, String) {
         let matches = root().no_binary_name(true).try_get_matches_from(arguments).expect("well formed");
         let (path, args) = leaf(&matches);
         let env: BTreeMap<_, _> = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
@@ -297,6 +330,19 @@ mod tests {
             (&["token", "create", "--name", "ci", "--expires", "2027-04-11"], &token, "", "2027-04-11 is not later than today"),
             (&["token", "update", "tok_1", "--expires", "0d"], &token, "", "a token must live for some time"),
             (&["token", "list", "--expires-before", "never"], &token, "", "never is not an instant"),
+            (&["token", "create", "--self"], &token, "", "--name is missing"),
+            (&["token", "create", "--self", "--name", "a", "--session-id", "s"], &token, "", "--session-id is for a temporary token"),
+            (&["token", "create", "--self", "--temporary", "--cidr", "10.0.0.1"], &token, "", "--cidr is not for"),
+            (&["token", "create", "--self", "--temporary", "--expires", "never"], &token, "", "lives for a span"),
+            (&["token", "create", "--self", "--kind", "temporary", "--expires", "2027-04-12"], &token, "", "lives for a span"),
+            (&["workspace", "import", "acme", "/nowhere.toml"], &token, "", "/nowhere.toml cannot be read"),
+            (&["workspace", "import", "-"], &token, "policy = 1", "policy: must be a table"),
+            (&["workspace", "import", "-"], &token, TOKEN, "standard input is not TOML: line 1"),
+            (&["workspace", "import", "-"], &[("KEYWARD_TOKEN", "-")], TOKEN, "standard input can hold your token or the file"),
+            (&["workspace", "import", "--create", "--prefix", "acm", "acme", "-"], &token, "resources = []", "lacks display_name"),
+            (&["workspace", "update", "--default-ttl", "1d"], &[], "", "this needs your own token"),
+            (&["audit", "export", "--since", "never"], &token, "", "--since: never is not an instant"),
+            (&["report-leaked"], &token, "\n", "there is nothing to report"),
         ] {
             let (exit, out, err) = run_client(arguments, env, input);
             assert!(exit == Exit::Usage && out.is_empty() && err.contains(expected), "{arguments:?}: {exit:?} {err}");

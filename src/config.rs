@@ -10,6 +10,7 @@ use std::{
     fmt,
     net::SocketAddr,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use crate::{scope::Scope, store::DatabaseUrl};
@@ -43,7 +44,7 @@ const fn setting(name: &'static str, value: &'static str, default: &'static str,
 }
 
 /// All of them.
-pub const SETTINGS: [Setting; 16] = [
+pub const SETTINGS: [Setting; 18] = [
     setting("listen", "ADDRESS:PORT", "127.0.0.1:50051", "Where gRPC is served"),
     setting("metrics_listen", "ADDRESS:PORT|off", "127.0.0.1:9464", "Where Prometheus reads metrics, at /metrics"),
     setting("data_dir", "FOLDER", "keyward-data", "Where the embedded database and the keyring are kept"),
@@ -64,6 +65,8 @@ pub const SETTINGS: [Setting; 16] = [
         "Whom a client certificate stands for, by its DNS or URI name: gw.internal=default/gateway keyward:validate",
     ),
     setting("insecure", "", "false", "Serve a network address without TLS: tokens then cross the network readable"),
+    setting("token_retention", "DAYSd", "30d", "How long ended tokens stay listed, and deleted ones are kept (30d to 3650d)"),
+    setting("audit_retention", "DAYSd", "365d", "How long audit events are kept (30d to 36500d)"),
     setting("cache_tokens", "COUNT", "1000000", "How many tokens are kept in memory (1000 to 100000000)"),
     setting("workers", "COUNT", "one per core", "Threads that serve requests (1 to 1024)"),
     setting("log", "off|error|warn|info|debug|trace", "info", "How much is logged"),
@@ -129,6 +132,8 @@ pub struct Config {
     pub root_token_file: Option<PathBuf>,
     pub tls: Option<Tls>,
     pub insecure: bool,
+    pub token_retention: Duration,
+    pub audit_retention: Duration,
     pub cache_tokens: usize,
     pub workers: usize,
     pub log: String,
@@ -273,6 +278,8 @@ impl Reader {
             root_token_file: self.path("root_token_file"),
             tls: self.tls(),
             insecure: self.take("insecure", false, truth),
+            token_retention: self.take("token_retention", days(30), |text| retention(text, 3_650)),
+            audit_retention: self.take("audit_retention", days(365), |text| retention(text, 36_500)),
             cache_tokens: self.take("cache_tokens", 1_000_000, |text| number(text, 1_000, 100_000_000)),
             workers: self.take("workers", cores, |text| number(text, 1, 1_024)),
             log: self.take("log", "info".to_owned(), |text| {
@@ -319,6 +326,16 @@ fn truth(text: &str) -> Result<bool, String> {
 
 fn number(text: &str, min: usize, max: usize) -> Result<usize, String> {
     text.parse().ok().filter(|number| (min..=max).contains(number)).ok_or_else(|| format!("must be a whole number from {min} to {max}"))
+}
+
+fn days(count: u64) -> Duration {
+    Duration::from_hours(24 * count)
+}
+
+/// 30 days at least: people ask why something stopped.
+fn retention(text: &str, max: u64) -> Result<Duration, String> {
+    let count = text.strip_suffix('d').and_then(|count| count.parse().ok()).filter(|count| (30..=max).contains(count));
+    count.map(days).ok_or_else(|| format!("must be a number of days from 30d to {max}d"))
 }
 
 fn one_of<'a>(text: &'a str, values: &[&str]) -> Result<&'a str, String> {

@@ -3,7 +3,7 @@
 //! Invariant: `Display` is what a caller may read: fixed text and the names of fields, nothing from below. What lies below
 //! goes to the log, once, where the error is turned into a status (test `errors_show_nothing_from_below`).
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 /// Something from below (database, operating system) that only the log gets to see.
 pub type Source = Box<dyn std::error::Error + Send + Sync>;
@@ -22,10 +22,12 @@ pub enum Error {
     Denied(String),
     /// There is no such thing, as far as this caller may know.
     NotFound(&'static str),
+    /// There is such a thing already: which.
+    Exists(&'static str),
     /// The thing is not any more what the caller has seen.
     Conflict,
     /// The thing is in a state that does not allow this.
-    Precondition(&'static str),
+    Precondition(Cow<'static, str>),
     /// Too much at once; try again shortly.
     Overloaded(&'static str),
     /// The store cannot be reached or does not take the change; try again.
@@ -44,6 +46,11 @@ pub struct Violation {
 }
 
 impl Error {
+    /// The state of something does not allow this.
+    pub fn precondition(text: impl Into<Cow<'static, str>>) -> Self {
+        Self::Precondition(text.into())
+    }
+
     /// One broken rule.
     pub fn invalid(field: impl Into<String>, rule: impl Into<String>) -> Self {
         Self::Invalid(vec![Violation { field: field.into(), rule: rule.into() }])
@@ -60,7 +67,9 @@ impl fmt::Display for Error {
                 if violations.len() > 1 { f.write_str(" (and more, in the details)") } else { Ok(()) }
             }
             Self::Denied(text) => f.write_str(text),
-            Self::Unauthenticated(text) | Self::Precondition(text) | Self::Overloaded(text) => f.write_str(text),
+            Self::Precondition(text) => f.write_str(text),
+            Self::Unauthenticated(text) | Self::Overloaded(text) => f.write_str(text),
+            Self::Exists(what) => write!(f, "there is a {what} already: take another"),
             Self::NotFound(what) => write!(f, "there is no such {what}"),
             Self::Conflict => f.write_str("the etag is not the current one: somebody else changed it; read it again and repeat the change"),
             Self::Unavailable(_) => f.write_str("the store cannot be reached or is full; try again"),
@@ -77,6 +86,7 @@ impl std::error::Error for Error {
             | Self::Unauthenticated(_)
             | Self::Denied(_)
             | Self::NotFound(_)
+            | Self::Exists(_)
             | Self::Conflict
             | Self::Precondition(_)
             | Self::Overloaded(_) => None,
@@ -108,6 +118,14 @@ impl Violations {
     /// Takes the value, or notes the rule that it breaks.
     pub fn take<T>(&mut self, field: &str, value: std::result::Result<T, impl Into<String>>) -> Option<T> {
         value.map_err(|rule| self.add(field, rule)).ok()
+    }
+
+    /// Takes over what was noted elsewhere.
+    pub fn append(&mut self, others: Self) {
+        for violation in others.named {
+            self.add(violation.field, violation.rule);
+        }
+        self.unnamed += others.unnamed;
     }
 
     /// An error if any rule was broken.

@@ -8,7 +8,11 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 
-use crate::{ambient::Time, scope::Scope, token::TokenId};
+use crate::{
+    ambient::Time,
+    scope::Scope,
+    token::{Digest, TokenId},
+};
 
 /// How long a token is meant to live.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -134,8 +138,38 @@ pub struct Grant {
     pub secret_expire_time: Time,
     /// Whether its principal is suspended.
     pub principal_suspended: bool,
+    /// Whether its principal has the role of an administrator.
+    pub principal_is_admin: bool,
     /// Whether its workspace is suspended.
     pub workspace_suspended: bool,
+}
+
+/// What a change can be about: facts that depend on it are out of date once the change is made.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Subject {
+    /// The token with this digest.
+    Token(Digest),
+    /// This principal, and with it all of its tokens.
+    Principal {
+        /// Its workspace.
+        workspace: String,
+        /// Its id.
+        id: String,
+    },
+    /// This workspace, its routes, and with it all of its tokens.
+    Workspace(String),
+}
+
+/// The scope that the method and path of an HTTP request lead to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Derived<'a> {
+    /// No method and path were given.
+    #[default]
+    NotAsked,
+    /// They lead nowhere: no token reaches that.
+    NoRoute,
+    /// They need this.
+    Scope(&'a Scope),
 }
 
 /// What one use of a token needs.
@@ -149,6 +183,8 @@ pub struct Need<'a> {
     pub client_ip: Option<IpAddr>,
     /// The scopes that it takes.
     pub scopes: &'a [Scope],
+    /// The scope that it takes beside them, by the workspace's routes.
+    pub derived: Derived<'a>,
 }
 
 /// The answer. See `Verdict` in the proto.
@@ -188,7 +224,7 @@ impl Grant {
             Verdict::WrongAudience
         } else if !self.allows_ip(need.client_ip) {
             Verdict::IpNotAllowed
-        } else if self.missing_scopes(need).next().is_some() {
+        } else if need.derived == Derived::NoRoute || self.missing_scopes(need).next().is_some() {
             Verdict::InsufficientScope
         } else {
             Verdict::Valid
@@ -198,7 +234,11 @@ impl Grant {
     /// The scopes that are needed and not held.
     pub fn missing_scopes<'a>(&'a self, need: &Need<'a>) -> impl Iterator<Item = &'a Scope> {
         let held = |needed: &Scope| self.scopes.iter().any(|scope| scope.covers(needed));
-        need.scopes.iter().filter(move |needed| !held(needed))
+        let derived = match need.derived {
+            Derived::Scope(scope) => Some(scope),
+            Derived::NotAsked | Derived::NoRoute => None,
+        };
+        need.scopes.iter().chain(derived).filter(move |needed| !held(needed))
     }
 
     fn allows_audience(&self, audience: Option<&str>) -> bool {
@@ -233,6 +273,7 @@ impl Grant {
             expire_time: Time::NEVER,
             secret_expire_time: Time::NEVER,
             principal_suspended: false,
+            principal_is_admin: false,
             workspace_suspended: false,
         }
     }
@@ -253,7 +294,7 @@ mod tests {
     fn judge(grant: &Grant, audience: Option<&str>, ip: Option<&str>, scope: &str, workspace: Option<&str>) -> Verdict {
         let scopes = [scope.parse().expect("a scope")];
         let client_ip = ip.map(|ip| ip.parse().expect("an address"));
-        grant.judge(&Need { workspace, audience, client_ip, scopes: &scopes }, NOW)
+        grant.judge(&Need { workspace, audience, client_ip, scopes: &scopes, derived: Derived::NotAsked }, NOW)
     }
 
     /// A cause of a refusal: its verdict, what it does to the facts, or which part of the need it spoils.
@@ -324,6 +365,18 @@ mod tests {
         let mut grant = grant();
         grant.audiences.clear();
         assert_eq!(judge(&grant, Some("shipping"), Some("10.1.2.3"), "agents:list", None), Verdict::Valid);
+    }
+
+    #[test]
+    fn a_path_needs_the_scope_of_its_route() {
+        let (held, other): (Scope, Scope) = ("agents:list".parse().expect("a scope"), "agents:delete".parse().expect("a scope"));
+        let need = |derived| Need { client_ip: Some("10.1.2.3".parse().expect("an address")), derived, ..Need::default() };
+        let mut grant = grant();
+        assert_eq!(grant.judge(&need(Derived::Scope(&held)), NOW), Verdict::Valid);
+        assert_eq!(grant.judge(&need(Derived::Scope(&other)), NOW), Verdict::InsufficientScope);
+        assert_eq!(grant.missing_scopes(&need(Derived::Scope(&other))).collect::<Vec<_>>(), [&other]);
+        grant.scopes = Arc::new(["*".parse().expect("a scope")]);
+        assert_eq!(grant.judge(&need(Derived::NoRoute), NOW), Verdict::InsufficientScope, "no scope opens a path without a route");
     }
 
     #[test]

@@ -1,49 +1,40 @@
 //! The control plane: tokens are created, listed, changed, given new secrets and ended.
 //!
-//! Invariant: a change runs to its end once it has begun, whether or not its caller still waits, and is announced to the cache before the
-//! call returns (tests `a_cancelled_change_is_whole`, `a_change_is_effective_when_its_call_returns`).
-//! Invariant: while it is uncertain whether a change was made, nothing is kept of what is read of its token (test
-//! `a_commit_that_comes_late_leaves_no_old_fact`).
+//! Invariant: a policy is applied when a token is created or its end is moved; a later one never shortens a life (test
+//! `a_policy_counts_for_what_comes_after_it`).
+//! Invariant: a principal never has more live tokens of a kind than the policy allows (test `a_principal_has_so_many_live_tokens_and_no_more`).
 //! Invariant: nobody grants what they do not hold, or changes a token that holds more than they do (test
 //! `an_administrator_cannot_take_over_a_root_token`).
 //! Invariant: what belongs to another workspace is not found (test `tokens_of_another_workspace_are_not_found`).
 
+mod ending;
 mod listing;
+mod patch;
 mod replay;
-mod rules;
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Weak},
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use serde_json::{Value, json};
-use tokio::sync::Semaphore;
 
+use patch::Patch;
 use replay::{Replay, answer_again};
 
+pub(crate) use ending::{Ending, end_all};
 pub use listing::ListRequest;
 pub use replay::RequestId;
-pub use rules::Lifetime;
 
 use crate::{
     ambient::Time,
-    cache::Cache,
     caller::Caller,
     error::{Error, Result, Violations},
-    grant::{Kind, ShownState, State, Token},
-    scope::Scope,
+    fence::{Fence, RootWatch},
+    grant::{Kind, ShownState, State, Subject, Token},
+    rules::{self, Lifetime},
+    scope::{Right, Scope},
     store::{AuditEvent, Store, Tx},
     token::{Digest, Issued, Keyring, Prefix, Secret, TokenId},
+    workspace::{Policy, Principal, Workspace},
 };
-
-/// How long the log of changes is kept.
-const LOG_LIFETIME: Duration = Duration::from_hours(1);
-/// How often a change whose outcome is uncertain is asked about.
-const SETTLE_INTERVAL: Duration = Duration::from_millis(500);
-/// Changes that are made or wait for their turn; more are refused rather than queued. They outlive their callers.
-const CHANGES_MAX: usize = 512;
 
 /// What a new token shall be, as it was asked for.
 #[derive(Clone, Debug, Default)]
@@ -129,16 +120,15 @@ pub fn etag(token: &Token) -> String {
 /// Changes tokens.
 pub struct Issuer {
     keyring: Arc<Keyring>,
-    cache: Arc<Cache>,
     store: Arc<Store>,
-    changes: Arc<Semaphore>,
+    fence: Arc<Fence>,
 }
 
 impl Issuer {
     /// One that issues tokens of this keyring.
     #[must_use]
-    pub fn new(keyring: Arc<Keyring>, cache: Arc<Cache>, store: Arc<Store>) -> Arc<Self> {
-        Arc::new(Self { keyring, cache, store, changes: Arc::new(Semaphore::new(CHANGES_MAX)) })
+    pub fn new(keyring: Arc<Keyring>, store: Arc<Store>, fence: Arc<Fence>) -> Arc<Self> {
+        Arc::new(Self { keyring, store, fence })
     }
 
     /// On a store where nothing was ever made: makes the workspace `default` and one root token. `keep` gets the secret before it counts.
@@ -151,18 +141,36 @@ impl Issuer {
             return Ok(());
         }
         let prefix = "kw".parse::<Prefix>().map_err(|rule| Error::Internal(rule.into()))?;
+        let workspace = Workspace {
+            id: "default".to_owned(),
+            display_name: "Default".to_owned(),
+            prefix,
+            policy: Policy::default(),
+            resources: Vec::new(),
+            suspended: false,
+            create_time: now,
+            update_time: now,
+            version: 1,
+        };
+        tx.insert_workspace(&workspace).await?;
+        tx.claim_prefix(workspace.prefix.as_str(), &workspace.id).await?;
+        tx.insert_principal(&Principal::first_used(&workspace.id, "root", now)).await?;
+        let secret = self.issue_root(&tx, &workspace, "Root token of the first start", "Bootstrap", now).await?;
+        keep(&secret)?;
+        tx.commit(now).await
+    }
+
+    async fn issue_root(&self, tx: &Tx<'_>, workspace: &Workspace, name: &str, method: &'static str, now: Time) -> Result<Secret> {
         let root = "keyward:root".parse::<Scope>().map_err(|rule| Error::Internal(rule.into()))?;
-        tx.insert_workspace("default", "Default", &prefix, now).await?;
-        tx.ensure_principal("default", "root", now).await?;
-        let issued = self.keyring.issue(&prefix)?;
+        let Issued { secret, digest } = self.keyring.issue(&workspace.prefix)?;
         let token = Token {
             id: TokenId::new(now)?,
-            workspace: "default".to_owned(),
-            display_name: "Root token of the first start".to_owned(),
+            workspace: workspace.id.clone(),
+            display_name: name.to_owned(),
             principal: "root".to_owned(),
             kind: Kind::Permanent,
             state: State::Active,
-            hint: issued.secret.hint(),
+            hint: secret.hint(),
             scopes: vec![root],
             audiences: Vec::new(),
             allowed_cidrs: Vec::new(),
@@ -179,39 +187,94 @@ impl Issuer {
             last_used_ip: None,
             use_count: 0,
         };
-        tx.insert_token(&token, &issued.digest).await?;
-        tx.audit([event("Bootstrap", None, &token, "", None, Some(&token), now)]).await?;
-        keep(&issued.secret)?;
-        tx.commit(now).await
+        tx.insert_token(&token, &digest).await?;
+        tx.audit([event(method, None, &token, "", None, Some(&token), now)]).await?;
+        Ok(secret)
     }
 
     /// Creates a token.
     ///
     /// # Errors
-    /// `Invalid`, `Denied` (a scope that the caller does not hold), `NotFound` (the workspace), `Unavailable`, `Overloaded`.
+    /// `Invalid`, `Denied` (a scope that the caller does not hold, or a permanent token that only administrators create), `NotFound` (the workspace),
+    /// `Precondition` (the principal is suspended, unknown, or has as many as the policy allows), `Unavailable`, `Overloaded`.
     pub async fn create(self: &Arc<Self>, caller: Caller, new: NewToken, request: RequestId, now: Time) -> Result<(Token, Secret)> {
-        let issuer = Arc::clone(self);
-        self.detached(async move { issuer.create_now(&caller, new, &request, now).await }).await
+        self.create_as("CreateToken", caller, new, request, now).await
     }
 
-    async fn create_now(self: &Arc<Self>, caller: &Caller, new: NewToken, request: &RequestId, now: Time) -> Result<(Token, Secret)> {
-        let drafted = match draft(caller, new, request, now) {
+    /// Creates a permanent token for the caller's own principal.
+    ///
+    /// # Errors
+    /// As [`Issuer::create`].
+    pub async fn create_own(self: &Arc<Self>, caller: Caller, new: NewToken, request: RequestId, now: Time) -> Result<(Token, Secret)> {
+        self.create_as("CreateMyToken", caller, new, request, now).await
+    }
+
+    /// Creates a temporary token for the caller's own principal, bound to the session that the presented token is bound to.
+    ///
+    /// # Errors
+    /// As [`Issuer::create`].
+    pub async fn issue_temporary(
+        self: &Arc<Self>,
+        caller: Caller,
+        mut new: NewToken,
+        request: RequestId,
+        now: Time,
+    ) -> Result<(Token, Secret)> {
+        if new.display_name.is_empty() {
+            "Temporary token".clone_into(&mut new.display_name);
+        }
+        if caller.token_id.is_some() {
+            let session_id = self.presented(&caller).await?.session_id;
+            if new.session_id.is_empty() {
+                new.session_id = session_id;
+            } else if !session_id.is_empty() && session_id != new.session_id {
+                new.violations.add("session_id", "must be empty, or the session that the presented token is bound to");
+            }
+        }
+        self.create_as("IssueTemporaryToken", caller, NewToken { temporary: true, ..new }, request, now).await
+    }
+
+    async fn create_as(
+        self: &Arc<Self>,
+        method: &'static str,
+        caller: Caller,
+        new: NewToken,
+        request: RequestId,
+        now: Time,
+    ) -> Result<(Token, Secret)> {
+        let issuer = Arc::clone(self);
+        self.fence.run(async move { issuer.create_now(method, &caller, new, &request, now).await }).await
+    }
+
+    async fn create_now(
+        self: &Arc<Self>,
+        method: &'static str,
+        caller: &Caller,
+        new: NewToken,
+        request: &RequestId,
+        now: Time,
+    ) -> Result<(Token, Secret)> {
+        let workspace = self.store.workspace(caller.workspace(&new.workspace)?).await?.ok_or(Error::NotFound("workspace"))?;
+        let drafted = match draft(caller, new, &workspace, request, now) {
             Err(error) if !request.is_named() => return Err(error),
             drafted => drafted,
         };
         let tx = self.store.begin_creation().await?;
         // First what was answered: what it asked for may have been possible then and not be now.
-        let replay = match self.claim(&tx, "CreateToken", caller, request, now).await? {
-            Replay::Answered(kept) => return answer_again(&kept, caller, false, &tx).await.map(|token| (token, kept.secret)),
+        let replay = match self.claim(&tx, method, caller, request, now).await? {
+            Replay::Answered(kept) => {
+                let own = method != "CreateToken";
+                return answer_again(&kept, caller, own, &tx).await.map(|token| (token, kept.secret));
+            }
             Replay::New(replay) => replay,
         };
         let mut token = drafted?;
-        let prefix = tx.prefix(&token.workspace).await?.ok_or(Error::NotFound("workspace"))?;
-        let issued = self.keyring.issue(&prefix)?;
+        let made = make_room(&tx, &token, &workspace.policy, now).await?;
+        let issued = self.keyring.issue(&workspace.prefix)?;
         token.hint = issued.secret.hint();
-        tx.ensure_principal(&token.workspace, &token.principal, now).await?;
         tx.insert_token(&token, &issued.digest).await?;
-        tx.audit([event("CreateToken", Some(caller), &token, "", None, Some(&token), now)]).await?;
+        let principal = made.as_ref().map(|principal| principal_event(method, caller, principal, now));
+        tx.audit(principal.into_iter().chain([event(method, Some(caller), &token, "", None, Some(&token), now)])).await?;
         self.keep(&tx, replay, token.id, &issued.secret, None).await?;
         tx.commit(now).await?;
         Ok((token, issued.secret))
@@ -240,13 +303,21 @@ impl Issuer {
     /// # Errors
     /// `Invalid`, `Denied`, `NotFound`, `Conflict`, `Precondition`, `Unavailable`, `Overloaded`.
     pub async fn update(self: &Arc<Self>, caller: Caller, target: Target, patch: TokenPatch, now: Time) -> Result<Token> {
-        let patch = rules::Patch::check(patch, &target.id, now)?;
+        let policy = if patch.expire_time.is_some() { self.policy(&caller, &target.id).await } else { Ok(Policy::default()) };
+        let patch = Patch::check(patch, &target.id, now)?;
+        let policy = policy?;
         let change = move |token: &mut Token, caller: &Caller| {
             require_live(token, now)?;
-            patch.apply(token, now)?;
+            patch.apply(token, &policy, now)?;
             caller.outranks(&token.scopes)
         };
         self.change("UpdateToken", caller, target, String::new(), change, now).await
+    }
+
+    /// The policy that a token's end is moved within.
+    async fn policy(&self, caller: &Caller, id: &str) -> Result<Policy> {
+        let token = self.get(caller, id).await?;
+        Ok(self.store.workspace(&token.workspace).await?.ok_or(Error::NotFound("workspace"))?.policy)
     }
 
     /// Switches a token on.
@@ -269,7 +340,7 @@ impl Issuer {
     pub async fn deactivate(self: &Arc<Self>, caller: Caller, target: Target, now: Time) -> Result<Token> {
         let change = move |token: &mut Token, _: &Caller| {
             if token.state == State::Revoked {
-                return Err(Error::Precondition(REVOKED));
+                return Err(Error::precondition(REVOKED));
             }
             token.state = State::Inactive;
             Ok(())
@@ -311,7 +382,7 @@ impl Issuer {
             }
         };
         let issuer = Arc::clone(self);
-        self.detached(async move { issuer.change_now("RevokeSelf", &caller, &target, &reason, true, change, now).await }).await
+        self.fence.run(async move { issuer.change_now("RevokeSelf", &caller, &target, &reason, true, change, now).await }).await
     }
 
     /// Gives a token a new secret.
@@ -327,7 +398,7 @@ impl Issuer {
         now: Time,
     ) -> Result<Regenerated> {
         let issuer = Arc::clone(self);
-        self.detached(async move { issuer.regenerate_now("RegenerateToken", &caller, &target, grace, &request, false, now).await }).await
+        self.fence.run(async move { issuer.regenerate_now("RegenerateToken", &caller, &target, grace, &request, false, now).await }).await
     }
 
     /// Gives the token that the caller presented a new secret.
@@ -337,7 +408,7 @@ impl Issuer {
     pub async fn regenerate_self(self: &Arc<Self>, caller: Caller, grace: Grace, request: RequestId, now: Time) -> Result<Regenerated> {
         let target = Target { id: presented_id(&caller)?.to_string(), etag: String::new() };
         let issuer = Arc::clone(self);
-        self.detached(async move { issuer.regenerate_now("RegenerateSelf", &caller, &target, grace, &request, true, now).await }).await
+        self.fence.run(async move { issuer.regenerate_now("RegenerateSelf", &caller, &target, grace, &request, true, now).await }).await
     }
 
     #[expect(clippy::too_many_arguments, reason = "what the two methods differ in, and what the call brings")]
@@ -370,8 +441,8 @@ impl Issuer {
         check_etag(&token, target)?;
         require_live(&token, now)?;
         let grace_time = rules::grace_time(grace, token.expire_time, now).map_err(|rule| Error::invalid("grace", rule))?;
-        let prefix = tx.prefix(&token.workspace).await?.ok_or(Error::NotFound("workspace"))?;
-        let Issued { secret, digest } = self.keyring.issue(&prefix)?;
+        let workspace = tx.workspace(&token.workspace).await?.ok_or(Error::NotFound("workspace"))?;
+        let Issued { secret, digest } = self.keyring.issue(&workspace.prefix)?;
         let before = token.clone();
         token.hint = secret.hint();
         token.version += 1;
@@ -380,7 +451,7 @@ impl Issuer {
         tx.replace_digest(id, &digest, grace_time).await?;
         tx.audit([event(method, Some(caller), &token, "", Some(&before), Some(&token), now)]).await?;
         self.keep(&tx, replay, id, &secret, grace_time).await?;
-        self.conclude(tx, &digests, now).await?;
+        self.fence.conclude(tx, now).await?;
         Ok(Regenerated { token, secret, grace_time })
     }
 
@@ -390,71 +461,24 @@ impl Issuer {
     /// As [`Issuer::update`].
     pub async fn delete(self: &Arc<Self>, caller: Caller, target: Target, now: Time) -> Result<()> {
         let issuer = Arc::clone(self);
-        self.detached(async move {
-            let id = parse_id("id", &target.id)?;
-            let mut tx = issuer.store.begin_change().await?;
-            let found = issuer.find(&tx, &caller, id, false).await;
-            if matches!(found, Err(Error::NotFound(_))) {
-                // A call before may have deleted it and failed: what is known of it ends now at the latest.
-                issuer.bury(&tx.digests(id).await?);
-            }
-            let (token, digests) = found?;
-            check_etag(&token, &target)?;
-            tx.delete_token(id, &digests, now).await?;
-            tx.audit([event("DeleteToken", Some(&caller), &token, "", Some(&token), None, now)]).await?;
-            issuer.conclude(tx, &digests, now).await
-        })
-        .await
-    }
-
-    /// Ends every live token of a principal, and says how many.
-    ///
-    /// # Errors
-    /// `Invalid`, `Denied` (one of them holds more than the caller), `NotFound` (the workspace), `Unavailable`, `Overloaded`: then none is ended.
-    pub async fn revoke_principal(
-        self: &Arc<Self>,
-        caller: Caller,
-        workspace: &str,
-        principal: &str,
-        reason: &str,
-        now: Time,
-    ) -> Result<usize> {
-        let workspace = caller.workspace(workspace)?.to_owned();
-        let mut violations = Violations::default();
-        violations.take("principal", rules::principal(principal));
-        let reason = violations.take("reason", rules::reason(reason)).unwrap_or_default();
-        violations.finish()?;
-        let (issuer, principal) = (Arc::clone(self), principal.to_owned());
-        self.detached(async move {
-            let mut tx = issuer.store.begin_change().await?;
-            tx.prefix(&workspace).await?.ok_or(Error::NotFound("workspace"))?;
-            let live = tx.live_tokens(&workspace, &principal, now).await?;
-            for (token, _) in &live {
-                caller.outranks(&token.scopes)?;
-            }
-            let digests: Vec<Digest> = live.iter().flat_map(|(_, digests)| digests).copied().collect();
-            let ids: Vec<TokenId> = live.iter().map(|(token, _)| token.id).collect();
-            tx.revoke_tokens(&ids, &reason, &digests, now).await?;
-            tx.audit(live.iter().map(|(token, _)| {
-                let mut ended = token.clone();
-                end(&mut ended, &reason, now);
-                ended.version += 1;
-                event("RevokePrincipalTokens", Some(&caller), token, &reason, Some(token), Some(&ended), now)
-            }))
-            .await?;
-            issuer.conclude(tx, &digests, now).await?;
-            Ok(live.len())
-        })
-        .await
-    }
-
-    /// Removes what nobody needs any more. For space only.
-    ///
-    /// # Errors
-    /// `Unavailable`, `Overloaded`.
-    pub async fn tick(&self, now: Time) -> Result<()> {
-        self.cache.prune();
-        self.store.prune(now, now - LOG_LIFETIME).await
+        self.fence
+            .run(async move {
+                let id = parse_id("id", &target.id)?;
+                let mut tx = issuer.store.begin_change().await?;
+                let found = issuer.find(&tx, &caller, id, false).await;
+                if matches!(found, Err(Error::NotFound(_))) {
+                    // A call before may have deleted it and failed: what is known of it ends now at the latest.
+                    issuer.fence.bury(&subjects(&tx.digests(id).await?));
+                }
+                let (token, digests) = found?;
+                check_etag(&token, &target)?;
+                let watch = watch_root(&tx, [&token], now).await?;
+                tx.delete_token(id, &digests, now).await?;
+                end_watch(watch, &tx, now).await?;
+                tx.audit([event("DeleteToken", Some(&caller), &token, "", Some(&token), None, now)]).await?;
+                issuer.fence.conclude(tx, now).await
+            })
+            .await
     }
 
     async fn change(
@@ -467,7 +491,7 @@ impl Issuer {
         now: Time,
     ) -> Result<Token> {
         let issuer = Arc::clone(self);
-        self.detached(async move { issuer.change_now(method, &caller, &target, &reason, false, change, now).await }).await
+        self.fence.run(async move { issuer.change_now(method, &caller, &target, &reason, false, change, now).await }).await
     }
 
     /// Changes one token, unless it is as wished already. Either way the change is announced: a call before may have made it and failed.
@@ -489,17 +513,19 @@ impl Issuer {
         let mut token = before.clone();
         change(&mut token, caller)?;
         if settings(&token) == settings(&before) {
-            self.bury(&digests);
+            self.fence.bury(&subjects(&digests));
             return Ok(before);
         }
         token.version += 1;
         token.update_time = now;
+        let watch = watch_root(&tx, [&before], now).await?;
         tx.update_token(&token, &digests).await?;
+        end_watch(watch, &tx, now).await?;
         if token.audiences != before.audiences {
             tx.replace_audiences(&token).await?;
         }
         tx.audit([event(method, Some(caller), &token, reason, Some(&before), Some(&token), now)]).await?;
-        self.conclude(tx, &digests, now).await?;
+        self.fence.conclude(tx, now).await?;
         Ok(token)
     }
 
@@ -510,64 +536,65 @@ impl Issuer {
         }
         Ok(found)
     }
-
-    /// Commits and announces the change. From before the commit until it is certain what became of it, nothing that is read of these
-    /// digests is kept: a commit may be made although its answer is late, or fails to come.
-    async fn conclude(self: &Arc<Self>, tx: Tx<'_>, digests: &[Digest], now: Time) -> Result<()> {
-        for digest in digests {
-            self.cache.embargo(digest);
-        }
-        let committed = tx.commit(now).await;
-        if committed.is_err() {
-            tokio::spawn(settle(Arc::downgrade(self), digests.to_vec()));
-        } else {
-            self.lift(digests);
-        }
-        committed
-    }
-
-    fn lift(&self, digests: &[Digest]) {
-        for digest in digests {
-            self.cache.lift(digest);
-        }
-    }
-
-    /// Runs a change to its end, whether or not its caller still waits.
-    async fn detached<T: Send + 'static>(&self, change: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
-        let permit = Arc::clone(&self.changes).try_acquire_owned();
-        let permit = permit.map_err(|_| Error::Overloaded("too many changes are waiting; try again"))?;
-        let task = async move {
-            let _permit = permit;
-            change.await
-        };
-        tokio::spawn(task).await.map_err(|error| Error::Internal(error.into()))?
-    }
-
-    fn bury(&self, digests: &[Digest]) {
-        for digest in digests {
-            self.cache.bury(digest);
-        }
-    }
 }
 
 const REVOKED: &str = "the token was revoked, which is for good; create a new one";
 const EXPIRED: &str = "the token has expired; create a new one";
 
-/// Lifts an embargo. Whoever holds the lock of changes knows that the changes before have ended, one way or the other.
-async fn settle(issuer: Weak<Issuer>, digests: Vec<Digest>) {
-    while let Some(issuer) = issuer.upgrade() {
-        match issuer.store.begin_change().await {
-            Ok(_lock) => return issuer.lift(&digests),
-            Err(error) => tracing::warn!(%error, "a change whose outcome is uncertain is not settled yet"),
+/// Sees to it that there is room for one more token of this principal, which nobody else takes before this transaction ends. Answers the principal if it
+/// was never heard of and was made now.
+async fn make_room(tx: &Tx<'_>, token: &Token, policy: &Policy, now: Time) -> Result<Option<Principal>> {
+    let (principal, made) = match tx.principal(&token.workspace, &token.principal).await? {
+        Some(principal) => (principal, false),
+        None if !policy.principals_on_first_use => {
+            return Err(Error::precondition(format!(
+                "there is no principal {}, and the workspace's policy (principals_on_first_use) does not make one: make it with UpsertPrincipal first",
+                token.principal
+            )));
         }
-        drop(issuer);
-        tokio::time::sleep(SETTLE_INTERVAL).await;
+        None => {
+            let made = tx.insert_principal(&Principal::first_used(&token.workspace, &token.principal, now)).await?;
+            // Somebody else may have made it just now; either way it is ours until the end.
+            (tx.principal(&token.workspace, &token.principal).await?.ok_or(Error::NotFound("principal"))?, made)
+        }
+    };
+    if principal.suspended {
+        return Err(Error::precondition(format!("the principal {} is suspended: resume it first", principal.id)));
+    }
+    let tokens_max = policy.max_tokens_per_principal;
+    if tx.live_token_count(&token.workspace, &token.principal, token.kind, tokens_max, now).await? >= i64::from(tokens_max) {
+        let kind = match token.kind {
+            Kind::Permanent => "permanent",
+            Kind::Temporary => "temporary",
+        };
+        return Err(Error::precondition(format!(
+            "the principal {} has {tokens_max} live {kind} tokens, which is the most that the workspace's policy (max_tokens_per_principal) allows: \
+             revoke one first",
+            principal.id
+        )));
+    }
+    Ok(made.then_some(principal))
+}
+
+fn subjects(digests: &[Digest]) -> Vec<Subject> {
+    digests.iter().copied().map(Subject::Token).collect()
+}
+
+/// Watches over the last root token if one of these is one.
+async fn watch_root<'a>(tx: &Tx<'_>, tokens: impl IntoIterator<Item = &'a Token>, now: Time) -> Result<Option<RootWatch>> {
+    let is_root = |token: &Token| token.scopes.iter().any(|scope| Right::of(scope) == Some(Right::Root));
+    if tokens.into_iter().any(is_root) { RootWatch::begin(tx, now).await.map(Some) } else { Ok(None) }
+}
+
+async fn end_watch(watch: Option<RootWatch>, tx: &Tx<'_>, now: Time) -> Result<()> {
+    match watch {
+        Some(watch) => watch.end(tx, now).await,
+        None => Ok(()),
     }
 }
 
 /// The token that is asked for, without its secret.
-fn draft(caller: &Caller, new: NewToken, request: &RequestId, now: Time) -> Result<Token> {
-    let workspace = caller.workspace(&new.workspace)?.to_owned();
+fn draft(caller: &Caller, new: NewToken, workspace: &Workspace, request: &RequestId, now: Time) -> Result<Token> {
     let kind = if new.temporary { Kind::Temporary } else { Kind::Permanent };
     let principal = if new.principal.is_empty() { caller.principal.to_string() } else { new.principal };
     let mut violations = new.violations;
@@ -578,7 +605,8 @@ fn draft(caller: &Caller, new: NewToken, request: &RequestId, now: Time) -> Resu
     let allowed_cidrs = rules::allowed_cidrs("allowed_cidrs", &new.allowed_cidrs, &mut violations);
     rules::metadata("metadata", &new.metadata, &mut violations);
     violations.take("session_id", rules::session_id(&new.session_id, kind));
-    let expire_time = rules::expire_time(new.lifetime, kind, now).map_err(|(field, rule)| violations.add(field, rule)).unwrap_or(now);
+    let end = rules::expire_time(new.lifetime, kind, &workspace.policy, now);
+    let expire_time = end.map_err(|(field, rule)| violations.add(field, rule)).unwrap_or(now);
     if !request.id.is_empty() {
         violations.take("request_id", rules::request_id(&request.id));
     }
@@ -586,9 +614,16 @@ fn draft(caller: &Caller, new: NewToken, request: &RequestId, now: Time) -> Resu
     if let Some(scope) = scopes.iter().find(|scope| !caller.can_grant(scope)) {
         return Err(Error::Denied(format!("the caller cannot grant `{scope}`, since they do not hold it")));
     }
+    if kind == Kind::Permanent && workspace.policy.permanent_requires_admin && !caller.is_admin() && !caller.has_admin_role {
+        let rule = "the workspace's policy (permanent_requires_admin) leaves permanent tokens to administrators: ask one, or take a temporary token";
+        return Err(Error::Denied(rule.to_owned()));
+    }
+    if workspace.suspended {
+        return Err(Error::precondition("the workspace is suspended: resume it first"));
+    }
     Ok(Token {
         id: TokenId::new(now)?,
-        workspace,
+        workspace: workspace.id.clone(),
         display_name,
         principal,
         kind,
@@ -624,8 +659,8 @@ fn end(token: &mut Token, reason: &str, now: Time) {
 fn require_live(token: &Token, now: Time) -> Result<()> {
     match token.shown_state(now) {
         ShownState::Active | ShownState::Inactive => Ok(()),
-        ShownState::Revoked => Err(Error::Precondition(REVOKED)),
-        ShownState::Expired => Err(Error::Precondition(EXPIRED)),
+        ShownState::Revoked => Err(Error::precondition(REVOKED)),
+        ShownState::Expired => Err(Error::precondition(EXPIRED)),
     }
 }
 
@@ -640,7 +675,7 @@ fn parse_id(field: &str, text: &str) -> Result<TokenId> {
 fn presented_id(caller: &Caller) -> Result<TokenId> {
     caller
         .token_id
-        .ok_or(Error::Precondition("the caller came with a client certificate; this method is about the token that is presented"))
+        .ok_or_else(|| Error::precondition("the caller came with a client certificate; this method is about the token that is presented"))
 }
 
 /// What the audit keeps of a token, and what tells whether a change changes anything.
@@ -673,11 +708,27 @@ fn event<'a>(
         workspace: &token.workspace,
         time,
         method,
+        code: AuditEvent::DONE,
         actor,
-        token_id: token.id,
+        token_id: Some(token.id),
         principal: &token.principal,
         reason,
         before: before.map(settings),
         after: after.map(settings),
+    }
+}
+
+fn principal_event<'a>(method: &'static str, actor: &'a Caller, principal: &'a Principal, time: Time) -> AuditEvent<'a> {
+    AuditEvent {
+        workspace: &principal.workspace,
+        time,
+        method,
+        code: AuditEvent::DONE,
+        actor: Some(actor),
+        token_id: None,
+        principal: &principal.id,
+        reason: "",
+        before: None,
+        after: Some(principal.settings()),
     }
 }

@@ -22,7 +22,16 @@ macro_rules! silent {
     };
 }
 
-silent!(ValidateTokenRequest, BatchValidateTokensRequest, CreateTokenResponse, RegenerateTokenResponse, RegenerateSelfResponse,);
+silent!(
+    ValidateTokenRequest,
+    BatchValidateTokensRequest,
+    CreateTokenResponse,
+    RegenerateTokenResponse,
+    RegenerateSelfResponse,
+    CreateMyTokenResponse,
+    IssueTemporaryTokenResponse,
+    ReportLeakedTokensRequest,
+);
 
 #[cfg(test)]
 mod tests {
@@ -37,7 +46,10 @@ mod tests {
             format!("{:?}", BatchValidateTokensRequest { requests: vec![request] }),
             format!("{:?}", CreateTokenResponse { secret: secret.clone(), ..Default::default() }),
             format!("{:?}", RegenerateTokenResponse { secret: secret.clone(), ..Default::default() }),
-            format!("{:?}", RegenerateSelfResponse { secret, ..Default::default() }),
+            format!("{:?}", RegenerateSelfResponse { secret: secret.clone(), ..Default::default() }),
+            format!("{:?}", CreateMyTokenResponse { secret: secret.clone(), ..Default::default() }),
+            format!("{:?}", IssueTemporaryTokenResponse { secret: secret.clone(), ..Default::default() }),
+            format!("{:?}", ReportLeakedTokensRequest { tokens: vec![secret] }),
         ];
         assert!(printed.iter().all(|text| text.ends_with("{ … }")), "{printed:?}");
     }

@@ -2,7 +2,11 @@
 //!
 //! Invariant: `*` never covers a right on Keyward itself (test `no_wildcard_covers_a_right_on_keyward`).
 
+mod routes;
+
 use std::{fmt, str::FromStr};
+
+pub use routes::{Mistake, Operation, Resource, Routes};
 
 /// The resource of the rights on Keyward itself.
 const RESERVED: &str = "keyward";

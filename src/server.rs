@@ -29,10 +29,14 @@ use self::{
 use crate::{
     ambient::Clock,
     api::{self, Api, gate},
+    audit::Audit,
     cache::Cache,
     config::Config,
+    directory::Directory,
     error::Error,
+    fence::Fence,
     issuer::Issuer,
+    retention::{Periods, Retention},
     store::{Hold, Store},
     telemetry::{self, Metrics},
     token::{Keyring, Secret},
@@ -71,6 +75,10 @@ struct Rooms {
     usage: Arc<Usage>,
     validator: Arc<Validator>,
     issuer: Arc<Issuer>,
+    directory: Arc<Directory>,
+    audit: Arc<Audit>,
+    fence: Arc<Fence>,
+    retention: Arc<Retention>,
     metrics: Arc<Metrics>,
     certificates: Option<Arc<Certificates>>,
 }
@@ -101,7 +109,13 @@ impl Server {
         let rooms = Rooms::open(config, clock, Arc::clone(&metrics), certificates.clone(), show).await?;
         let health = HealthReporter::new();
         set_health(&health, ServingStatus::NotServing).await;
-        let api = Api { validator: Arc::clone(&rooms.validator), issuer: Arc::clone(&rooms.issuer), metrics: Arc::clone(&metrics) };
+        let api = Api {
+            validator: Arc::clone(&rooms.validator),
+            issuer: Arc::clone(&rooms.issuer),
+            directory: Arc::clone(&rooms.directory),
+            audit: Arc::clone(&rooms.audit),
+            metrics: Arc::clone(&metrics),
+        };
         let routes = api.clone().routes(HealthService::from_health_reporter(health.clone())).map_err(|error| error.to_string())?;
         let (phase, phase_receiver) = watch::channel(Phase::Serving);
         let gate = Arc::new(gate::Gate::new(api, routes, rooms.clock.clone(), limits));
@@ -167,6 +181,7 @@ impl Server {
         }
         let end = async {
             let flushed = self.rooms.usage.flush(&self.rooms.store).await;
+            let flushed = flushed.and(self.rooms.audit.tick().await);
             flushed.and(self.rooms.store.close().await)
         };
         match timeout(LAST_WRITES_TIMEOUT, end).await {
@@ -190,7 +205,17 @@ impl Server {
         let rooms = self.rooms.clone();
         every(PRUNE_INTERVAL, self.phase.subscribe(), move || {
             let rooms = rooms.clone();
-            async move { report("old rows could not be removed", rooms.issuer.tick(rooms.clock.now()).await) }
+            async move { report("old rows could not be removed", rooms.fence.tick(rooms.clock.now()).await) }
+        });
+        let rooms = self.rooms.clone();
+        every(PRUNE_INTERVAL, self.phase.subscribe(), move || {
+            let rooms = rooms.clone();
+            async move { report("what has ended long ago could not be removed", rooms.retention.tick(rooms.clock.now()).await.map(drop)) }
+        });
+        let rooms = self.rooms.clone();
+        every(USAGE_INTERVAL, self.phase.subscribe(), move || {
+            let rooms = rooms.clone();
+            async move { report("refused calls could not be noted; they are kept", rooms.audit.tick().await) }
         });
         let rooms = self.rooms.clone();
         let lost = Arc::new(lost);
@@ -233,7 +258,12 @@ impl Rooms {
         let keyring = Arc::new(open_keyring(&store, &config.keyring_file).await?);
         let cache = Arc::new(Cache::new(config.cache_tokens));
         let usage = Arc::new(Usage::default());
-        let issuer = Issuer::new(Arc::clone(&keyring), Arc::clone(&cache), Arc::clone(&store));
+        let fence = Fence::new(Arc::clone(&cache), Arc::clone(&store));
+        let issuer = Issuer::new(Arc::clone(&keyring), Arc::clone(&store), Arc::clone(&fence));
+        let directory = Directory::new(Arc::clone(&keyring), Arc::clone(&store), Arc::clone(&fence));
+        let audit = Audit::new(Arc::clone(&keyring), Arc::clone(&store));
+        let periods = Periods { tokens: config.token_retention, audit: config.audit_retention };
+        let retention = Retention::new(Arc::clone(&store), Arc::clone(&fence), periods);
         let keep = |secret: &Secret| {
             let written = config.root_token_file.as_ref().map_or(Ok(()), |path| write_root_token(path, secret));
             written.and_then(|()| show(secret)).map_err(|error| Error::Internal(error.into()))
@@ -243,7 +273,7 @@ impl Rooms {
             error => error.to_string(),
         })?;
         let validator = Validator::new(keyring, Arc::clone(&cache), Arc::clone(&store), Arc::clone(&usage));
-        Ok(Self { clock, cache, store, usage, validator, issuer, metrics, certificates })
+        Ok(Self { clock, cache, store, usage, validator, issuer, directory, audit, fence, retention, metrics, certificates })
     }
 
     fn reload_certificates(&self) {
@@ -373,7 +403,7 @@ async fn serve_metrics(listener: TcpListener, rooms: Rooms) {
 
 fn metrics_answer(request: &Request<Incoming>, rooms: &Rooms) -> Response<String> {
     let (status, content_type, body) = match (request.method(), request.uri().path()) {
-        (&Method::GET, "/metrics") => match rooms.metrics.page(rooms.validator.stats(), rooms.usage.backlog()) {
+        (&Method::GET, "/metrics") => match rooms.metrics.page(rooms.validator.stats(), rooms.usage.backlog(), rooms.retention.removed()) {
             Ok(page) => (StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", page),
             Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", error.to_string()),
         },

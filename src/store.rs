@@ -7,8 +7,10 @@
 //! Invariant: work waits for a connection for a bounded time only, and ends in a bounded time (test `a_database_that_is_gone_is_unavailable`).
 
 mod audit;
+mod directory;
 mod entity;
 mod migrations;
+mod purge;
 mod tokens;
 mod transaction;
 mod usage;
@@ -36,7 +38,8 @@ use tokio::{
     time::timeout,
 };
 
-pub use audit::AuditEvent;
+pub use audit::{AuditEvent, AuditFilter, AuditRecord};
+pub use purge::Expendable;
 pub use tokens::{Cursor, Filter, Order, OrderKey};
 pub use transaction::{Claim, Tx};
 pub use usage::UseDelta;
@@ -336,15 +339,6 @@ impl Store {
             inserted.await.map_err(|error| error.to_string())?;
         }
         Ok(())
-    }
-
-    /// Whether there is such a workspace.
-    ///
-    /// # Errors
-    /// `Unavailable`, `Overloaded`.
-    pub async fn has_workspace(&self, id: &str) -> Result<bool> {
-        let statement = Statement::from_sql_and_values(self.backend(), "SELECT 1 FROM workspace WHERE id = $1", [id.into()]);
-        Ok(self.reading("workspace", self.reader.query_one_raw(statement)).await?.is_some())
     }
 
     /// Whether this store has ever had a keyring.

@@ -13,7 +13,7 @@ use prometheus_client::{
 };
 use tracing_subscriber::EnvFilter;
 
-use crate::{config::LogFormat, grant::Verdict, validator::Stats};
+use crate::{config::LogFormat, grant::Verdict, retention::Removed, validator::Stats};
 
 /// The version of this program.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -93,6 +93,11 @@ struct VerbLabels {
     verb: &'static str,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct KindLabels {
+    kind: &'static str,
+}
+
 /// From 50 µs to 10 s.
 fn latency() -> Histogram {
     Histogram::new([0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0])
@@ -111,6 +116,8 @@ pub struct Metrics {
     store_latency: Family<VerbLabels, Histogram>,
     store_errors: Family<VerbLabels, Counter>,
     shed: Counter,
+    unsampled: Counter,
+    removed: Family<KindLabels, Counter>,
     /// Open connections to the gRPC port.
     pub connections: Gauge,
     cache_hits: Counter,
@@ -141,6 +148,8 @@ impl Metrics {
             store_latency: Family::new_with_constructor(latency),
             store_errors: Family::default(),
             shed: Counter::default(),
+            unsampled: Counter::default(),
+            removed: Family::default(),
             connections: Gauge::default(),
             cache_hits: Counter::default(),
             cache_misses: Counter::default(),
@@ -156,6 +165,8 @@ impl Metrics {
         registry.register("store_seconds", "Time of the database by verb", metrics.store_latency.clone());
         registry.register("store_errors", "Failures of the database by verb", metrics.store_errors.clone());
         registry.register("shed", "Calls refused because too many were under way", metrics.shed.clone());
+        registry.register("audit_unsampled", "Refused calls that the audit kept no event of", metrics.unsampled.clone());
+        registry.register("removed", "Rows removed at the end of their retention, by kind", metrics.removed.clone());
         registry.register("connections", "Open connections", metrics.connections.clone());
         registry.register("cache_hits", "Tokens judged by what memory knew", metrics.cache_hits.clone());
         registry.register("cache_misses", "Tokens for which the database was asked", metrics.cache_misses.clone());
@@ -188,6 +199,11 @@ impl Metrics {
         self.shed.inc();
     }
 
+    /// One refused call was left out of the audit's sample.
+    pub fn unsampled(&self) {
+        self.unsampled.inc();
+    }
+
     /// The database has answered.
     pub fn store(&self, verb: &'static str, elapsed: Duration, failed: bool) {
         self.store_latency.get_or_create(&VerbLabels { verb }).observe(elapsed.as_secs_f64());
@@ -200,7 +216,7 @@ impl Metrics {
     ///
     /// # Errors
     /// If a number cannot be written as text, which it can.
-    pub fn page(&self, stats: Stats, usage_backlog: usize) -> Result<String, std::fmt::Error> {
+    pub fn page(&self, stats: Stats, usage_backlog: usize, removed: Removed) -> Result<String, std::fmt::Error> {
         use std::sync::atomic::Ordering::Relaxed;
         let count = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
         self.cache_hits.inner().store(stats.hits, Relaxed);
@@ -208,6 +224,9 @@ impl Metrics {
         self.cached.set(count(stats.cached));
         self.flights.set(count(stats.flights));
         self.usage_backlog.set(count(usage_backlog));
+        for (kind, rows) in [("token", removed.tokens), ("workspace", removed.workspaces), ("audit_event", removed.audit_events)] {
+            self.removed.get_or_create(&KindLabels { kind }).inner().store(rows, Relaxed);
+        }
         let mut text = String::new();
         encode(&mut text, &self.registry)?;
         Ok(text)

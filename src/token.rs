@@ -277,6 +277,14 @@ pub fn event_id(now: Time) -> Result<String> {
     Ok(text)
 }
 
+/// The least id of an audit event of this instant or later.
+#[must_use]
+pub fn event_floor(time: Time) -> String {
+    let mut text = String::from("evt_");
+    push_base62(&mut text, &base62_wide::<ID_CHARS>((u128::from(time.millis()) << 80).to_be_bytes()));
+    text
+}
+
 fn unique(now: Time) -> Result<u128> {
     let mut bytes = [0; 16];
     let (_, tail) = bytes.split_at_mut(6);

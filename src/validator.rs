@@ -1,11 +1,15 @@
 //! The data plane: is this token good for this need, now?
 //!
-//! By form (no cache, no store) → digest → cache, or one flight to the store → judged anew → the use is marked.
+//! By form (no cache, no store) → digest → cache, or one flight to the store → the scope of the route, if a method and path are given → judged anew → the use
+//! is marked.
 //!
 //! Invariant: a text that was not made with our keys costs no query (test `ten_million_invented_tokens_cost_no_query`).
 //! Invariant: however many ask for a missing digest at once, one query answers them (test `one_flight_serves_all_who_wait`).
 //! Invariant: who joins a flight gets its answer only if no change was announced since the flight began
 //! (test `who_joins_a_flight_after_a_revocation_reads_anew`).
+//! Invariant: what is judged by cached facts is judged as by facts that were just read (test `a_cached_judgement_is_a_fresh_one`).
+
+mod flights;
 
 use std::{
     collections::HashMap,
@@ -16,15 +20,16 @@ use std::{
     },
 };
 
-use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use flights::{Flights, Missing};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
     ambient::Time,
-    cache::{Cache, Fact, Ticket},
+    cache::{Cache, Fact, Standing},
     caller::Caller,
     error::{Error, Result},
-    grant::{Grant, Need, Verdict},
+    grant::{Derived, Grant, Need, Verdict},
+    scope::{Routes, Scope},
     store::Store,
     token::{Digest, Keyring},
     usage::Usage,
@@ -40,6 +45,30 @@ pub struct Answer {
     pub verdict: Verdict,
     /// The facts that were judged.
     pub grant: Option<Arc<Grant>>,
+    /// The scope of the route that the method and path lead to.
+    pub derived_scope: Option<Scope>,
+}
+
+impl Answer {
+    const UNKNOWN: Self = Self { verdict: Verdict::Unknown, grant: None, derived_scope: None };
+}
+
+/// The HTTP request that a token came with, as it was received.
+#[derive(Clone, Copy, Debug)]
+pub struct HttpRequest<'a> {
+    /// Its method.
+    pub method: &'a str,
+    /// Its path, still encoded.
+    pub path: &'a str,
+}
+
+/// Who is calling.
+#[derive(Clone, Debug)]
+pub enum Identity {
+    /// A caller who may come in.
+    Good(Caller),
+    /// Somebody who may not: who it would be, if that is known.
+    Refused(Option<Caller>),
 }
 
 /// One question of a batch.
@@ -49,22 +78,11 @@ pub struct Question<'a> {
     pub text: &'a [u8],
     /// What the use needs.
     pub need: Need<'a>,
+    /// The request whose route says which scope the use needs beside that.
+    pub http: Option<HttpRequest<'a>>,
     /// Judge without counting a use.
     pub peek: bool,
 }
-
-/// What became of a flight, as those hear it who wait for it.
-#[derive(Clone)]
-enum Landing {
-    /// Everybody may have it.
-    Admitted(Fact),
-    /// A change was announced meanwhile: only the call that began the flight may have it.
-    Overtaken(Fact),
-    /// It failed.
-    Failed(Arc<Error>),
-}
-
-type Flights = Mutex<HashMap<Digest, watch::Receiver<Option<Landing>>>>;
 
 /// How often the cache answered and how often the store was asked.
 #[derive(Clone, Copy, Debug, Default)]
@@ -85,7 +103,8 @@ pub struct Validator {
     cache: Arc<Cache>,
     store: Arc<Store>,
     usage: Arc<Usage>,
-    flights: Flights,
+    flights: Arc<Flights<Digest, Fact>>,
+    route_flights: Arc<Flights<Arc<str>, Arc<Routes>>>,
     permits: Arc<Semaphore>,
     hits: AtomicU64,
     misses: AtomicU64,
@@ -100,7 +119,8 @@ impl Validator {
             cache,
             store,
             usage,
-            flights: Flights::default(),
+            flights: Arc::default(),
+            route_flights: Arc::default(),
             permits: Arc::new(Semaphore::new(FLIGHTS_MAX)),
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
@@ -123,7 +143,7 @@ impl Validator {
     /// `Unavailable` and `Overloaded`, when the store has to be asked and does not answer. Never about the token.
     pub async fn validate(self: &Arc<Self>, question: Question<'_>, now: Time) -> Result<Answer> {
         let Some(digest) = self.keyring.prove(question.text) else {
-            return Ok(Answer { verdict: Verdict::Unknown, grant: None });
+            return Ok(Answer::UNKNOWN);
         };
         let fact = match self.cache.get(&digest) {
             Some(fact) => {
@@ -132,14 +152,15 @@ impl Validator {
             }
             None => self.fetch(digest).await?,
         };
-        Ok(self.judge(&fact, &question, now))
+        let routes = self.routes_for(&fact, &question).await?;
+        Ok(self.judge(&fact, &question, routes.as_deref(), now))
     }
 
     /// Judges tokens, each by itself; the answers come in the order of the questions. What the cache does not know is read together.
     ///
     /// # Errors
     /// As [`Validator::validate`]; then none is judged.
-    pub async fn validate_batch(&self, questions: &[Question<'_>], now: Time) -> Result<Vec<Answer>> {
+    pub async fn validate_batch(self: &Arc<Self>, questions: &[Question<'_>], now: Time) -> Result<Vec<Answer>> {
         let digests: Vec<Option<Digest>> = questions.iter().map(|question| self.keyring.prove(question.text)).collect();
         let known: Vec<Option<Fact>> = digests.iter().map(|digest| digest.and_then(|digest| self.cache.get(&digest))).collect();
         let mut missing: Vec<Digest> =
@@ -155,59 +176,114 @@ impl Validator {
             .iter()
             .zip(&known)
             .map(|(digest, fact)| fact.as_ref().or_else(|| digest.as_ref().and_then(|digest| read.get(digest))).unwrap_or(&unknown));
-        Ok(facts.zip(questions).map(|(fact, question)| self.judge(fact, question, now)).collect())
+        let mut answers = Vec::with_capacity(questions.len());
+        for (fact, question) in facts.zip(questions) {
+            let routes = self.routes_for(fact, question).await?;
+            answers.push(self.judge(fact, question, routes.as_deref(), now));
+        }
+        Ok(answers)
     }
 
     /// Who presents this token to Keyward itself.
     ///
     /// # Errors
-    /// `Unauthenticated` if the token is not good; otherwise as [`Validator::validate`].
-    pub async fn identify(self: &Arc<Self>, text: &[u8], address: Option<IpAddr>, peek: bool, now: Time) -> Result<Caller> {
+    /// As [`Validator::validate`].
+    pub async fn identify(self: &Arc<Self>, text: &[u8], address: Option<IpAddr>, peek: bool, now: Time) -> Result<Identity> {
         let need = Need { client_ip: address, ..Need::default() };
-        match self.validate(Question { text, need, peek }, now).await? {
-            Answer { verdict: Verdict::Valid, grant: Some(grant) } => Ok(Caller::of_grant(&grant, address)),
-            _ => {
-                Err(Error::Unauthenticated("the bearer token is unknown, has ended, is switched off or may not be used from this address"))
-            }
-        }
+        let answer = self.validate(Question { text, need, http: None, peek }, now).await?;
+        Ok(match answer.grant {
+            Some(grant) if answer.verdict == Verdict::Valid => Identity::Good(Caller::of_grant(&grant, address)),
+            grant => Identity::Refused(grant.map(|grant| Caller::of_grant(&grant, address))),
+        })
     }
 
-    fn judge(&self, fact: &Fact, question: &Question<'_>, now: Time) -> Answer {
-        let Fact::Grant(grant) = fact else {
-            return Answer { verdict: Verdict::Unknown, grant: None };
+    /// Who comes with a client certificate that stands for this caller.
+    ///
+    /// # Errors
+    /// As [`Validator::validate`].
+    pub async fn identify_certificate(&self, caller: &Caller) -> Result<Identity> {
+        let standing = match self.cache.standing(&caller.workspace, &caller.principal) {
+            Some(standing) => standing,
+            None => self.standing(caller).await?,
         };
-        let verdict = grant.judge(&question.need, now);
+        let caller = Caller { has_admin_role: standing.is_admin, ..caller.clone() };
+        Ok(if standing.is_suspended { Identity::Refused(Some(caller)) } else { Identity::Good(caller) })
+    }
+
+    async fn standing(&self, caller: &Caller) -> Result<Standing> {
+        let _permit = self.permit()?;
+        let ticket = self.cache.ticket();
+        let (is_suspended, is_admin) = self.store.standing(&caller.workspace, &caller.principal).await?;
+        let standing = Standing { is_suspended, is_admin };
+        // Not admitted is fine: this call began before the change was announced.
+        let _admitted = self.cache.admit_standing(&caller.workspace, &caller.principal, standing, ticket);
+        Ok(standing)
+    }
+
+    fn judge(&self, fact: &Fact, question: &Question<'_>, routes: Option<&Routes>, now: Time) -> Answer {
+        let Fact::Grant(grant) = fact else { return Answer::UNKNOWN };
+        let derived_scope = match (question.http, routes) {
+            (Some(http), Some(routes)) => routes.scope_of(http.method, http.path),
+            _ => None,
+        };
+        let derived = match (question.http, derived_scope) {
+            (None, _) => Derived::NotAsked,
+            (Some(_), None) => Derived::NoRoute,
+            (Some(_), Some(scope)) => Derived::Scope(scope),
+        };
+        let verdict = grant.judge(&Need { derived, ..question.need }, now);
+        if verdict == Verdict::Unknown {
+            return Answer::UNKNOWN;
+        }
         if verdict == Verdict::Valid && !question.peek {
             self.usage.mark(grant.token_id, question.need.client_ip, now);
         }
-        Answer { verdict, grant: (verdict != Verdict::Unknown).then(|| Arc::clone(grant)) }
+        Answer { verdict, grant: Some(Arc::clone(grant)), derived_scope: derived_scope.cloned() }
+    }
+
+    /// The routes that a question is about: those of the token's workspace, if the caller may ask about it.
+    async fn routes_for(self: &Arc<Self>, fact: &Fact, question: &Question<'_>) -> Result<Option<Arc<Routes>>> {
+        match fact {
+            Fact::Grant(grant) if question.http.is_some() && question.need.workspace.is_none_or(|reach| *reach == *grant.workspace) => {
+                self.routes(&grant.workspace).await.map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    async fn routes(self: &Arc<Self>, workspace: &Arc<str>) -> Result<Arc<Routes>> {
+        if let Some(routes) = self.cache.routes(workspace) {
+            return Ok(routes);
+        }
+        let begin = || {
+            let (reader, admitter) = (Arc::clone(self), Arc::clone(self));
+            let (ours, theirs) = (Arc::clone(workspace), Arc::clone(workspace));
+            let ticket = self.cache.ticket();
+            let read = async move {
+                let resources = reader.store.resources(&ours).await?;
+                let compiled = Routes::compile(&resources);
+                compiled.map(Arc::new).map_err(|_| Error::Internal("a stored table of routes breaks its rules".into()))
+            };
+            (read, move |routes: &Arc<Routes>| admitter.cache.admit_routes(&theirs, routes, ticket))
+        };
+        let look = || self.cache.routes(workspace);
+        self.route_flights.fetch(workspace, Missing { look, permit: || self.permit(), begin }).await
     }
 
     /// Reads a digest that the cache does not know, together with everybody else who asks for it now.
     async fn fetch(self: &Arc<Self>, digest: Digest) -> Result<Fact> {
         self.misses.fetch_add(1, Ordering::Relaxed);
-        let (flight, began) = self.join(digest)?;
-        if let Some(fact) = land(flight, began).await? {
-            return Ok(fact);
-        }
-        // A flight leaves the list before it lands, so that whichever is in the list now began after this call did.
-        let (flight, _) = self.join(digest)?;
-        land(flight, true).await?.ok_or_else(|| Error::Internal("a look-up ended without an answer".into()))
-    }
-
-    /// Joins the flight for a digest, or begins one; says whether it did.
-    fn join(self: &Arc<Self>, digest: Digest) -> Result<(watch::Receiver<Option<Landing>>, bool)> {
-        let mut flights = self.flights.lock();
-        if let Some(flight) = flights.get(&digest) {
-            return Ok((flight.clone(), false));
-        }
-        let permit = self.permit()?;
-        let (landing, flight) = watch::channel(None);
-        flights.insert(digest, flight.clone());
-        let entry = Entry { validator: Arc::clone(self), digest };
-        // On its own, so that the others get their answer even if the first to ask goes away.
-        tokio::spawn(entry.fly(landing, self.cache.ticket(), permit));
-        Ok((flight, true))
+        let begin = || {
+            let (reader, admitter) = (Arc::clone(self), Arc::clone(self));
+            let ticket = self.cache.ticket();
+            let read = async move {
+                let found = reader.store.facts(&[digest]).await?;
+                Ok(found.into_iter().next().map_or(Fact::Absent, |(_, grant)| Fact::Grant(grant)))
+            };
+            (read, move |fact: &Fact| admitter.cache.admit(digest, fact.clone(), ticket))
+        };
+        let look = || self.cache.get(&digest);
+        self.flights.fetch(&digest, Missing { look, permit: || self.permit(), begin }).await
     }
 
     fn permit(&self) -> Result<OwnedSemaphorePermit> {
@@ -230,54 +306,5 @@ impl Validator {
             let _admitted = self.cache.admit(*digest, fact.clone(), ticket);
         }
         Ok(facts)
-    }
-}
-
-/// A flight's place in the list of flights, given up when it lands, however it ends.
-struct Entry {
-    validator: Arc<Validator>,
-    digest: Digest,
-}
-
-impl Entry {
-    async fn fly(self, landing: watch::Sender<Option<Landing>>, ticket: Ticket, permit: OwnedSemaphorePermit) {
-        let read = self.validator.store.facts(&[self.digest]).await;
-        let (validator, digest) = (Arc::clone(&self.validator), self.digest);
-        // First nobody can join any more, then it is seen whether a change was announced: whoever joined had asked before that.
-        drop(self);
-        let outcome = match read {
-            Err(error) => Landing::Failed(Arc::new(error)),
-            Ok(found) => {
-                let fact = found.into_iter().next().map_or(Fact::Absent, |(_, grant)| Fact::Grant(grant));
-                if validator.cache.admit(digest, fact.clone(), ticket) { Landing::Admitted(fact) } else { Landing::Overtaken(fact) }
-            }
-        };
-        drop(permit);
-        landing.send_replace(Some(outcome));
-    }
-}
-
-impl Drop for Entry {
-    fn drop(&mut self) {
-        self.validator.flights.lock().remove(&self.digest);
-    }
-}
-
-/// What a flight brings; nothing if it is not for this call, or came down without landing.
-async fn land(mut flight: watch::Receiver<Option<Landing>>, overtaken_too: bool) -> Result<Option<Fact>> {
-    match flight.wait_for(Option::is_some).await.ok().and_then(|landing| landing.clone()) {
-        Some(Landing::Admitted(fact)) => Ok(Some(fact)),
-        Some(Landing::Overtaken(fact)) if overtaken_too => Ok(Some(fact)),
-        Some(Landing::Failed(error)) => Err(shared(&error)),
-        Some(Landing::Overtaken(_)) | None => Ok(None),
-    }
-}
-
-/// The same failure for everybody who waited.
-fn shared(error: &Arc<Error>) -> Error {
-    match error.as_ref() {
-        Error::Overloaded(text) => Error::Overloaded(text),
-        Error::Unavailable(_) => Error::Unavailable(Box::new(Arc::clone(error))),
-        _ => Error::Internal(Box::new(Arc::clone(error))),
     }
 }

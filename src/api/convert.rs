@@ -46,6 +46,23 @@ pub(super) fn span(duration: &WireDuration) -> Result<Duration, &'static str> {
     }
 }
 
+/// A span, for an answer.
+pub(super) fn wire_span(span: Duration) -> WireDuration {
+    WireDuration { seconds: i64::try_from(span.as_secs()).unwrap_or(i64::MAX), nanos: i32::try_from(span.subsec_nanos()).unwrap_or(0) }
+}
+
+/// A day that was sent, as it begins (UTC).
+pub(super) fn day(text: &str) -> Result<Time, &'static str> {
+    const RULE: &str = "must be a day as YYYY-MM-DD, such as 2027-04-11";
+    let digit_or_dash = |(index, byte): (usize, u8)| if index == 4 || index == 7 { byte == b'-' } else { byte.is_ascii_digit() };
+    if text.len() != 10 || !text.bytes().enumerate().all(digit_or_dash) {
+        return Err(RULE);
+    }
+    let start: Timestamp = format!("{text}T00:00:00Z").parse().map_err(|_| RULE)?;
+    // The 30th of February would be taken as some day of March.
+    if start.to_string().starts_with(text) { time(&start) } else { Err(RULE) }
+}
+
 /// How long an old secret lives on; not said is not at all.
 pub(super) fn grace(duration: Option<&WireDuration>) -> Grace {
     let mut violations = Violations::default();
@@ -165,6 +182,15 @@ pub(super) fn token(token: Token, now: Time) -> proto::Token {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_day_begins_at_midnight() {
+        assert_eq!(day("2028-02-29").map(Time::micros), Ok(1_835_395_200_000_000));
+        for bad in ["", "2027-02-29", "2027-13-01", "2027-4-11", "2027-04-11T10:00Z", "2027-04-31", "0000-00-00", "20270411", "2027/04/11"]
+        {
+            assert!(day(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn instants_round_trip() {

@@ -11,6 +11,7 @@
 
 use std::{
     net::SocketAddr,
+    num::NonZeroU32,
     pin::Pin,
     sync::{
         Arc,
@@ -24,24 +25,32 @@ use bytes::Bytes;
 use http::{HeaderMap, Request, Response, header::AUTHORIZATION};
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
 use tokio::{sync::Semaphore, time::timeout};
-use tonic::{Status, body::Body, service::Routes};
+use tonic::{Code, Status, body::Body, service::Routes};
 use tower_service::Service as _;
 
-use super::{Api, Call, status};
+use super::{Api, Call, reports::Reports, status};
 use crate::{
     ambient::{Clock, Stopwatch},
+    audit::Refusal,
     caller::{Access, Caller},
     error::Error,
     telemetry,
+    validator::Identity,
 };
 
 /// From the head of a request to the end of its message.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
 const HEALTH_CALLS_MAX: usize = 1_024;
+const REPORT_CALLS_MAX: usize = 64;
+/// Answers to calls of the control plane that the audit keeps a sample of.
+const REFUSALS: [Code; 4] = [Code::Unauthenticated, Code::PermissionDenied, Code::NotFound, Code::FailedPrecondition];
 /// How long the caller waits (<https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>).
 const GRPC_TIMEOUT: &str = "grpc-timeout";
 /// The name under which calls of methods that do not exist are counted.
 const UNKNOWN_METHOD: &str = "unknown";
+
+const CREDENTIALS_MISSING: &str = "this method needs credentials: send the metadata `authorization: Bearer <token>`";
+const CREDENTIALS_REFUSED: &str = "the bearer token or the certificate's principal is unknown, has ended, is switched off, is suspended or may not be used from this address";
 
 /// Which limits a method falls under.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -50,6 +59,8 @@ pub enum Plane {
     Data,
     /// Changes and lists.
     Control,
+    /// Reports of leaked tokens, which anybody may send.
+    Report,
     /// Health.
     Health,
     /// Reflection: a stream, without a deadline.
@@ -83,14 +94,14 @@ const KIB: usize = 1_024;
 const fn method(path: &'static str, access: Access, plane: Plane) -> Method {
     let request_bytes_max = match plane {
         Plane::Data => 16 * KIB,
-        Plane::Control | Plane::Stream => 64 * KIB,
+        Plane::Control | Plane::Report | Plane::Stream => 64 * KIB,
         Plane::Health => KIB,
     };
     Method { path, access, plane, request_bytes_max }
 }
 
 /// Every method there is: who may what.
-pub const METHODS: [Method; 20] = [
+pub const METHODS: [Method; 38] = [
     method("/keyward.v1.ValidationService/ValidateToken", Access::Validate, Plane::Data),
     Method { request_bytes_max: 1_024 * KIB, ..method("/keyward.v1.ValidationService/BatchValidateTokens", Access::Validate, Plane::Data) },
     method("/keyward.v1.TokenService/CreateToken", Access::Admin, Plane::Control),
@@ -107,6 +118,24 @@ pub const METHODS: [Method; 20] = [
     method("/keyward.v1.SelfService/ListMyTokens", Access::Own, Plane::Control),
     method("/keyward.v1.SelfService/RegenerateSelf", Access::Own, Plane::Control),
     method("/keyward.v1.SelfService/RevokeSelf", Access::Known, Plane::Control),
+    method("/keyward.v1.SelfService/CreateMyToken", Access::Own, Plane::Control),
+    method("/keyward.v1.SelfService/IssueTemporaryToken", Access::Own, Plane::Control),
+    method("/keyward.v1.SelfService/EndSession", Access::Known, Plane::Control),
+    method("/keyward.v1.SelfService/ReportLeakedTokens", Access::Public, Plane::Report),
+    Method { request_bytes_max: 256 * KIB, ..method("/keyward.v1.WorkspaceService/CreateWorkspace", Access::Root, Plane::Control) },
+    method("/keyward.v1.WorkspaceService/GetWorkspace", Access::Admin, Plane::Control),
+    method("/keyward.v1.WorkspaceService/ListWorkspaces", Access::Admin, Plane::Control),
+    Method { request_bytes_max: 256 * KIB, ..method("/keyward.v1.WorkspaceService/UpdateWorkspace", Access::Admin, Plane::Control) },
+    method("/keyward.v1.WorkspaceService/SuspendWorkspace", Access::Root, Plane::Control),
+    method("/keyward.v1.WorkspaceService/ResumeWorkspace", Access::Root, Plane::Control),
+    method("/keyward.v1.WorkspaceService/DeleteWorkspace", Access::Root, Plane::Control),
+    method("/keyward.v1.PrincipalService/UpsertPrincipal", Access::Admin, Plane::Control),
+    method("/keyward.v1.PrincipalService/GetPrincipal", Access::Admin, Plane::Control),
+    method("/keyward.v1.PrincipalService/ListPrincipals", Access::Admin, Plane::Control),
+    method("/keyward.v1.PrincipalService/SuspendPrincipal", Access::Admin, Plane::Control),
+    method("/keyward.v1.PrincipalService/ResumePrincipal", Access::Admin, Plane::Control),
+    method("/keyward.v1.PrincipalService/DeletePrincipal", Access::Admin, Plane::Control),
+    method("/keyward.v1.AuditService/ListAuditEvents", Access::Admin, Plane::Control),
     method("/grpc.health.v1.Health/Check", Access::Public, Plane::Health),
     method("/grpc.health.v1.Health/Watch", Access::Public, Plane::Health),
     method("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Access::Public, Plane::Stream),
@@ -167,11 +196,23 @@ pub struct Limits {
     pub control_calls_max: usize,
     /// The longest deadline; also that of a caller who names none.
     pub deadline_max: Duration,
+    /// Reports of leaked tokens from one address: so many at once, and as many in a minute.
+    pub address_reports_max: NonZeroU32,
+    /// Reports of leaked tokens from everywhere: so many at once, and as many in a second.
+    pub reports_max: NonZeroU32,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { data_calls_max: 4_096, control_calls_max: 256, deadline_max: Duration::from_secs(15) }
+        const ADDRESS_REPORTS: NonZeroU32 = NonZeroU32::new(30).unwrap();
+        const REPORTS: NonZeroU32 = NonZeroU32::new(50).unwrap();
+        Self {
+            data_calls_max: 4_096,
+            control_calls_max: 256,
+            deadline_max: Duration::from_secs(15),
+            address_reports_max: ADDRESS_REPORTS,
+            reports_max: REPORTS,
+        }
     }
 }
 
@@ -193,6 +234,8 @@ pub struct Gate {
     data_calls: Semaphore,
     control_calls: Semaphore,
     health_calls: Semaphore,
+    report_calls: Semaphore,
+    reports: Reports,
     active: Arc<AtomicUsize>,
 }
 
@@ -208,6 +251,8 @@ impl Gate {
             data_calls: Semaphore::new(limits.data_calls_max),
             control_calls: Semaphore::new(limits.control_calls_max),
             health_calls: Semaphore::new(HEALTH_CALLS_MAX),
+            report_calls: Semaphore::new(REPORT_CALLS_MAX),
+            reports: Reports::new(limits.address_reports_max, limits.reports_max),
             active: Arc::default(),
         }
     }
@@ -233,12 +278,17 @@ impl Gate {
             Some(method) => self.serve_known(*method, request, peer, &mut who).await,
         };
         let response = match known.map(|method| method.plane) {
-            Some(Plane::Data | Plane::Control) => completed(response).map(|body| Body::new(Counted { body, _active: active })),
+            Some(Plane::Data | Plane::Control | Plane::Report) => {
+                completed(response).map(|body| Body::new(Counted { body, _active: active }))
+            }
             _ => completed(response),
         };
         let (path, code) = (known.map_or(UNKNOWN_METHOD, |method| method.path), code(response.headers()));
         self.api.metrics.request(path, code, watch.elapsed());
         let caller = who.as_ref().and_then(|caller: &Caller| caller.token_id);
+        if let (Some(method), Some(caller)) = (known, who) {
+            self.note_refusal(*method, caller, code);
+        }
         tracing::debug!(
             method = path,
             code = telemetry::code_name(code),
@@ -248,6 +298,19 @@ impl Gate {
             "call"
         );
         response
+    }
+
+    /// Notes that a call of the control plane was refused. What it asked for is not noted: it may hold anything.
+    fn note_refusal(&self, method: Method, caller: Caller, code: usize) {
+        let is_refusal = REFUSALS.iter().any(|refusal| usize::try_from(i32::from(*refusal)) == Ok(code));
+        if method.plane != Plane::Control || !is_refusal {
+            return;
+        }
+        let name = method.path.rsplit('/').next().unwrap_or_default();
+        let refusal = Refusal { caller, method: name, code: telemetry::code_name(code), time: self.clock.now() };
+        if !self.api.audit.refused(refusal) {
+            self.api.metrics.unsampled();
+        }
     }
 
     async fn serve_known<B>(&self, method: Method, request: Request<B>, peer: &Peer, who: &mut Option<Caller>) -> Response<Body>
@@ -276,14 +339,16 @@ impl Gate {
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        self.identify(method, request.headers(), peer, Judge::BeforeTheMessage).await?;
+        if method.plane == Plane::Report && !self.reports.admit(peer.address.ip()) {
+            return Err(status::overloaded("too many reports were sent; try again".to_owned()));
+        }
+        self.identify(method, request.headers(), peer, Judge::BeforeTheMessage, who).await?;
         let mut request = whole(request, method.request_bytes_max).await?;
         let Ok(_place) = self.places(method.plane).try_acquire() else {
             self.api.metrics.shed();
             return Err(status::overloaded("too many calls are under way; try again".to_owned()));
         };
-        if let Some(call) = self.identify(method, request.headers(), peer, Judge::WithTheMessage).await? {
-            *who = Some(call.caller.clone());
+        if let Some(call) = self.identify(method, request.headers(), peer, Judge::WithTheMessage, who).await? {
             request.headers_mut().remove(AUTHORIZATION);
             request.extensions_mut().insert(call);
         }
@@ -294,25 +359,38 @@ impl Gate {
         match plane {
             Plane::Data => &self.data_calls,
             Plane::Control => &self.control_calls,
+            Plane::Report => &self.report_calls,
             Plane::Health | Plane::Stream => &self.health_calls,
         }
     }
 
     /// Finds out who is calling and whether they may, now; nobody for a method that is open to all.
-    async fn identify(&self, method: Method, headers: &HeaderMap, peer: &Peer, judge: Judge) -> Result<Option<Call>, Error> {
-        if method.access == Access::Public {
-            return Ok(None);
-        }
+    async fn identify(
+        &self,
+        method: Method,
+        headers: &HeaderMap,
+        peer: &Peer,
+        judge: Judge,
+        who: &mut Option<Caller>,
+    ) -> Result<Option<Call>, Error> {
         let now = self.clock.now();
         let address = Some(peer.address.ip().to_canonical());
-        let caller = match bearer(headers)? {
-            Some(text) => self.api.validator.identify(text, address, judge == Judge::BeforeTheMessage, now).await?,
-            None => peer
-                .certificate
-                .as_deref()
-                .cloned()
-                .ok_or(Error::Unauthenticated("this method needs credentials: send the metadata `authorization: Bearer <token>`"))?,
+        if method.access == Access::Public {
+            return Ok(Some(Call { caller: Caller::nobody(address), now }));
+        }
+        let identity = match (bearer(headers)?, &peer.certificate) {
+            (Some(text), _) => self.api.validator.identify(text, address, judge == Judge::BeforeTheMessage, now).await?,
+            (None, Some(certificate)) => self.api.validator.identify_certificate(certificate).await?,
+            (None, None) => return Err(Error::Unauthenticated(CREDENTIALS_MISSING)),
         };
+        let caller = match identity {
+            Identity::Good(caller) => caller,
+            Identity::Refused(known) => {
+                *who = known;
+                return Err(Error::Unauthenticated(CREDENTIALS_REFUSED));
+            }
+        };
+        *who = Some(caller.clone());
         caller.authorize(method.access)?;
         Ok(Some(Call { caller, now }))
     }

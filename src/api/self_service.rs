@@ -2,11 +2,12 @@
 
 use tonic::{Request, Response, Status};
 
-use super::{Api, Call, call, convert};
+use super::{Api, Call, call, convert, tokens};
 use crate::{
     error::Violations,
-    issuer::{ListRequest, RequestId},
-    proto::{self, self_service_server::SelfService},
+    issuer::{ListRequest, NewToken, RequestId},
+    proto::{self, create_my_token_request as create, self_service_server::SelfService},
+    rules::Lifetime,
 };
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -65,5 +66,75 @@ impl SelfService for Api {
         let (Call { caller, now }, message) = call(request)?;
         let token = self.issuer.revoke_self(caller, &message.reason, now).await?;
         Ok(Response::new(proto::RevokeSelfResponse { token: Some(convert::token(token, now)), propagation: Some(convert::complete()) }))
+    }
+
+    async fn create_my_token(&self, request: Request<proto::CreateMyTokenRequest>) -> Answer<proto::CreateMyTokenResponse> {
+        let (Call { caller, now }, message) = call(request)?;
+        let request = RequestId { id: message.request_id.clone(), request: prost::Message::encode_to_vec(&message) };
+        let (token, secret) = self.issuer.create_own(caller, my_token(message), request, now).await?;
+        Ok(Response::new(proto::CreateMyTokenResponse {
+            token: Some(convert::token(token, now)),
+            secret: secret.reveal().to_owned(),
+            propagation: Some(convert::complete()),
+        }))
+    }
+
+    async fn issue_temporary_token(
+        &self,
+        request: Request<proto::IssueTemporaryTokenRequest>,
+    ) -> Answer<proto::IssueTemporaryTokenResponse> {
+        let (Call { caller, now }, message) = call(request)?;
+        let request = RequestId { id: message.request_id.clone(), request: prost::Message::encode_to_vec(&message) };
+        let mut violations = Violations::default();
+        let new = NewToken {
+            lifetime: message.ttl.map_or(Lifetime::Usual, |ttl| tokens::lifetime_for(&ttl, &mut violations)),
+            display_name: message.display_name,
+            scopes: message.scopes,
+            audiences: message.audiences,
+            session_id: message.session_id,
+            ..NewToken::default()
+        };
+        let (token, secret) = self.issuer.issue_temporary(caller, NewToken { violations, ..new }, request, now).await?;
+        Ok(Response::new(proto::IssueTemporaryTokenResponse {
+            token: Some(convert::token(token, now)),
+            secret: secret.reveal().to_owned(),
+            propagation: Some(convert::complete()),
+        }))
+    }
+
+    async fn end_session(&self, request: Request<proto::EndSessionRequest>) -> Answer<proto::EndSessionResponse> {
+        let (Call { caller, now }, message) = call(request)?;
+        let revoked = self.issuer.end_session(caller, &message.workspace, &message.session_id, now).await?;
+        Ok(Response::new(proto::EndSessionResponse {
+            revoked_count: i32::try_from(revoked).unwrap_or(i32::MAX),
+            propagation: Some(convert::complete()),
+        }))
+    }
+
+    async fn report_leaked_tokens(&self, request: Request<proto::ReportLeakedTokensRequest>) -> Answer<proto::ReportLeakedTokensResponse> {
+        let (Call { caller, now }, message) = call(request)?;
+        self.issuer.report_leaked(&message.tokens, caller.address, now).await?;
+        Ok(Response::new(proto::ReportLeakedTokensResponse {}))
+    }
+}
+
+fn my_token(message: proto::CreateMyTokenRequest) -> NewToken {
+    let mut violations = Violations::default();
+    let lifetime = match message.lifetime {
+        None => Lifetime::Usual,
+        Some(create::Lifetime::Ttl(ttl)) => tokens::lifetime_for(&ttl, &mut violations),
+        Some(create::Lifetime::ExpireTime(end)) => tokens::lifetime_until(&end, &mut violations),
+        Some(create::Lifetime::ExpireDate(day)) => tokens::lifetime_until_day(&day, &mut violations),
+        Some(create::Lifetime::Never(is_set)) => tokens::lifetime_never(is_set, &mut violations),
+    };
+    NewToken {
+        display_name: message.display_name,
+        scopes: message.scopes,
+        audiences: message.audiences,
+        allowed_cidrs: message.allowed_cidrs,
+        metadata: message.metadata,
+        lifetime,
+        violations,
+        ..NewToken::default()
     }
 }

@@ -6,8 +6,9 @@ use super::{Api, Call, call, convert};
 use crate::{
     ambient::Time,
     error::Violations,
-    issuer::{Lifetime, ListRequest, NewToken, RequestId, Target, TokenPatch},
+    issuer::{ListRequest, NewToken, RequestId, Target, TokenPatch},
     proto::{self, create_token_request as create, token_service_server::TokenService},
+    rules::Lifetime,
 };
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -108,14 +109,11 @@ fn new_token(message: proto::CreateTokenRequest) -> NewToken {
     let mut violations = Violations::default();
     let temporary = convert::is_temporary("kind", message.kind, &mut violations);
     let lifetime = match message.lifetime {
-        None => Some(Lifetime::Usual),
-        Some(create::Lifetime::Ttl(ttl)) => violations.take("ttl", convert::span(&ttl)).map(Lifetime::For),
-        Some(create::Lifetime::ExpireTime(end)) => violations.take("expire_time", convert::time(&end)).map(Lifetime::Until),
-        Some(create::Lifetime::Never(true)) => Some(Lifetime::Never),
-        Some(create::Lifetime::Never(false)) => {
-            violations.add("never", "must be true, or left out");
-            None
-        }
+        None => Lifetime::Usual,
+        Some(create::Lifetime::Ttl(ttl)) => lifetime_for(&ttl, &mut violations),
+        Some(create::Lifetime::ExpireTime(end)) => lifetime_until(&end, &mut violations),
+        Some(create::Lifetime::ExpireDate(day)) => lifetime_until_day(&day, &mut violations),
+        Some(create::Lifetime::Never(is_set)) => lifetime_never(is_set, &mut violations),
     };
     NewToken {
         workspace: message.workspace,
@@ -127,9 +125,29 @@ fn new_token(message: proto::CreateTokenRequest) -> NewToken {
         allowed_cidrs: message.allowed_cidrs,
         metadata: message.metadata,
         session_id: message.session_id,
-        lifetime: lifetime.unwrap_or_default(),
+        lifetime,
         violations,
     }
+}
+
+pub(super) fn lifetime_for(ttl: &prost_types::Duration, violations: &mut Violations) -> Lifetime {
+    violations.take("ttl", convert::span(ttl)).map_or(Lifetime::Usual, Lifetime::For)
+}
+
+pub(super) fn lifetime_until(end: &prost_types::Timestamp, violations: &mut Violations) -> Lifetime {
+    violations.take("expire_time", convert::time(end)).map_or(Lifetime::Usual, Lifetime::Until)
+}
+
+pub(super) fn lifetime_until_day(day: &str, violations: &mut Violations) -> Lifetime {
+    violations.take("expire_date", convert::day(day)).map_or(Lifetime::Usual, Lifetime::UntilDay)
+}
+
+pub(super) fn lifetime_never(is_set: bool, violations: &mut Violations) -> Lifetime {
+    if is_set {
+        return Lifetime::Never;
+    }
+    violations.add("never", "must be true, or left out");
+    Lifetime::Usual
 }
 
 fn list_request(message: proto::ListTokensRequest) -> ListRequest {

@@ -7,10 +7,10 @@ use tonic::{Request, Response, Status};
 use super::{Api, Call, call, convert};
 use crate::{
     error::{Error, Violations},
-    grant::{Grant, Need},
+    grant::{Derived, Grant, Need},
     proto::{self, validation_service_server::ValidationService},
     scope::Scope,
-    validator::{Answer as Judgement, Question},
+    validator::{Answer as Judgement, HttpRequest, Question},
 };
 
 const BATCH_MAX: usize = 1_000;
@@ -65,10 +65,12 @@ impl Api {
             None => proto::ValidateTokenResponse { valid, verdict: verdict.into(), ..Default::default() },
             Some(grant) => proto::ValidateTokenResponse {
                 missing_scopes: if verdict == proto::Verdict::InsufficientScope {
-                    convert::scope_texts(grant.missing_scopes(&question.need))
+                    let derived = judgement.derived_scope.as_ref().map_or(Derived::NotAsked, Derived::Scope);
+                    convert::scope_texts(grant.missing_scopes(&Need { derived, ..question.need }))
                 } else {
                     Vec::new()
                 },
+                derived_scope: judgement.derived_scope.map(|scope| scope.as_str().to_owned()).unwrap_or_default(),
                 ..facts(&grant, valid, verdict)
             },
         }
@@ -89,6 +91,7 @@ fn facts(grant: &Arc<Grant>, valid: bool, verdict: proto::Verdict) -> proto::Val
         metadata: grant.metadata.clone(),
         expire_time: convert::timestamp(grant.expire_time),
         missing_scopes: Vec::new(),
+        derived_scope: String::new(),
     }
 }
 
@@ -119,5 +122,18 @@ fn question<'a>(
     }
     let audience = Some(message.audience.as_str()).filter(|audience| !audience.is_empty());
     let client_ip = convert::client_ip(format!("{path}client_ip"), &message.client_ip, violations);
-    Question { text: message.token.as_bytes(), need: Need { workspace: reach, audience, client_ip, scopes }, peek: message.peek }
+    let http = match (message.http_method.as_str(), message.path.as_str()) {
+        ("", "") => None,
+        ("", _) => {
+            violations.add(format!("{path}http_method"), "must come with path");
+            None
+        }
+        (_, "") => {
+            violations.add(format!("{path}path"), "must come with http_method");
+            None
+        }
+        (method, path) => Some(HttpRequest { method, path }),
+    };
+    let need = Need { workspace: reach, audience, client_ip, scopes, derived: Derived::NotAsked };
+    Question { text: message.token.as_bytes(), need, http, peek: message.peek }
 }

@@ -1,9 +1,13 @@
 //! How each answer of Keyward looks, to people and to programs.
 
+mod audit;
+mod principals;
+mod workspaces;
+
 use std::fmt::Write as _;
 
 use prost::Message;
-use prost_reflect::{DescriptorPool, DynamicMessage, SerializeOptions};
+use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, SerializeOptions};
 
 use super::{
     expiry,
@@ -11,9 +15,11 @@ use super::{
     table::{Column, Details, table},
 };
 use crate::proto::{
-    self, ActivateTokenResponse, CreateTokenResponse, DeactivateTokenResponse, DeleteTokenResponse, GetTokenResponse, ListMyTokensResponse,
-    ListTokensResponse, Propagation, RegenerateSelfResponse, RegenerateTokenResponse, RevokePrincipalTokensResponse, RevokeSelfResponse,
-    RevokeTokenResponse, Token, TokenKind, TokenState, UpdateTokenResponse, ValidateTokenResponse, Verdict, WhoAmIResponse,
+    self, ActivateTokenResponse, CreateMyTokenResponse, CreateTokenResponse, DeactivateTokenResponse, DeletePrincipalResponse,
+    DeleteTokenResponse, DeleteWorkspaceResponse, EndSessionResponse, GetTokenResponse, IssueTemporaryTokenResponse, ListMyTokensResponse,
+    ListTokensResponse, Propagation, RegenerateSelfResponse, RegenerateTokenResponse, ReportLeakedTokensResponse,
+    RevokePrincipalTokensResponse, RevokeSelfResponse, RevokeTokenResponse, Token, TokenKind, TokenState, UpdateTokenResponse,
+    ValidateTokenResponse, Verdict, WhoAmIResponse,
 };
 
 /// A message that a command shows.
@@ -40,29 +46,63 @@ pub(super) trait Answer: Message {
 /// # Errors
 /// `output` if the message does not fit the compiled proto files.
 pub(super) fn json<A: Answer>(answer: &A) -> Result<String, Failure> {
-    let build = || -> Result<Vec<u8>, Box<dyn std::error::Error>> {
-        let pool = DescriptorPool::decode(proto::DESCRIPTORS)?;
-        let descriptor = pool.get_message_by_name(&format!("keyward.v1.{}", A::NAME)).ok_or("unknown message")?;
-        let message = DynamicMessage::decode(descriptor, answer.encode_to_vec().as_slice())?;
-        let mut serializer = serde_json::Serializer::pretty(Vec::new());
-        message.serialize_with_options(&mut serializer, &SerializeOptions::new().skip_default_fields(false))?;
-        Ok(serializer.into_inner())
+    let build = || {
+        let mut bytes = Vec::new();
+        serialize(&descriptor(A::NAME)?, answer, &mut serde_json::Serializer::pretty(&mut bytes))?;
+        Ok(bytes)
     };
-    let bytes = build().map_err(|error| Failure::output(format!("the answer has no form in JSON: {error}")))?;
-    Ok(disarm(&String::from_utf8_lossy(&bytes)) + "\n")
+    Ok(finish(build())? + "\n")
 }
 
-/// Answers that show one token, some with its new secret, some with the reach of the change.
-macro_rules! shows_token {
-    ($($message:ident $(, $part:ident)*;)+) => {
+/// For programs: messages of one kind, each as proto3 JSON on a line of its own.
+///
+/// # Errors
+/// As `json`.
+pub(super) fn json_lines<M: Message>(name: &str, messages: &[M]) -> Result<String, Failure> {
+    let build = || {
+        let (descriptor, mut lines) = (descriptor(name)?, Vec::new());
+        for message in messages {
+            serialize(&descriptor, message, &mut serde_json::Serializer::new(&mut lines))?;
+            lines.push(b'\n');
+        }
+        Ok(lines)
+    };
+    finish(build())
+}
+
+type Built<T> = Result<T, Box<dyn std::error::Error>>;
+
+fn descriptor(name: &str) -> Built<MessageDescriptor> {
+    let pool = DescriptorPool::decode(proto::DESCRIPTORS)?;
+    Ok(pool.get_message_by_name(&format!("keyward.v1.{name}")).ok_or("unknown message")?)
+}
+
+fn serialize<M: Message, F: serde_json::ser::Formatter>(
+    descriptor: &MessageDescriptor,
+    message: &M,
+    serializer: &mut serde_json::Serializer<&mut Vec<u8>, F>,
+) -> Built<()> {
+    let message = DynamicMessage::decode(descriptor.clone(), message.encode_to_vec().as_slice())?;
+    message.serialize_with_options(serializer, &SerializeOptions::new().skip_default_fields(false))?;
+    Ok(())
+}
+
+fn finish(built: Built<Vec<u8>>) -> Result<String, Failure> {
+    let bytes = built.map_err(|error| Failure::output(format!("the answer has no form in JSON: {error}")))?;
+    Ok(disarm(&String::from_utf8_lossy(&bytes)))
+}
+
+/// Answers that show one thing, some with a new secret, some with the reach of the change.
+macro_rules! shows {
+    ($field:ident by $details:path: $($message:ident $(, $part:ident)*;)+) => {
         $(impl Answer for $message {
             const NAME: &'static str = stringify!($message);
 
             fn text(&self) -> String {
-                self.token.as_ref().map(details).unwrap_or_default()
+                self.$field.as_ref().map($details).unwrap_or_default()
             }
 
-            $(shows_token!(@ $part);)*
+            $(shows!(@ $part);)*
         })+
     };
     (@ secret) => {
@@ -76,8 +116,10 @@ macro_rules! shows_token {
         }
     };
 }
+use shows;
 
-shows_token! {
+shows! {
+    token by details:
     GetTokenResponse;
     UpdateTokenResponse, propagation;
     ActivateTokenResponse, propagation;
@@ -85,8 +127,57 @@ shows_token! {
     RevokeTokenResponse, propagation;
     RevokeSelfResponse, propagation;
     CreateTokenResponse, secret, propagation;
+    CreateMyTokenResponse, secret, propagation;
+    IssueTemporaryTokenResponse, secret, propagation;
     RegenerateTokenResponse, secret, propagation;
     RegenerateSelfResponse, secret, propagation;
+}
+
+/// Answers after which something is gone.
+macro_rules! is_gone {
+    ($($message:ident)+) => {
+        $(impl Answer for $message {
+            const NAME: &'static str = stringify!($message);
+
+            fn text(&self) -> String {
+                "deleted\n".to_owned()
+            }
+
+            fn propagation(&self) -> Option<&Propagation> {
+                self.propagation.as_ref()
+            }
+        })+
+    };
+}
+
+is_gone!(DeleteTokenResponse DeleteWorkspaceResponse);
+
+/// Answers that say how many tokens were revoked.
+macro_rules! counts_revoked {
+    ($($message:ident)+) => {
+        $(impl Answer for $message {
+            const NAME: &'static str = stringify!($message);
+
+            fn text(&self) -> String {
+                Details::default().add("revoked", self.revoked_count.to_string()).text()
+            }
+
+            fn propagation(&self) -> Option<&Propagation> {
+                self.propagation.as_ref()
+            }
+        })+
+    };
+}
+
+counts_revoked!(RevokePrincipalTokensResponse EndSessionResponse DeletePrincipalResponse);
+
+/// Whatever was reported, the answer is the same.
+impl Answer for ReportLeakedTokensResponse {
+    const NAME: &'static str = "ReportLeakedTokensResponse";
+
+    fn text(&self) -> String {
+        "reported\n".to_owned()
+    }
 }
 
 impl Answer for ListTokensResponse {
@@ -102,30 +193,6 @@ impl Answer for ListMyTokensResponse {
 
     fn text(&self) -> String {
         rows(&self.tokens)
-    }
-}
-
-impl Answer for DeleteTokenResponse {
-    const NAME: &'static str = "DeleteTokenResponse";
-
-    fn text(&self) -> String {
-        "deleted\n".to_owned()
-    }
-
-    fn propagation(&self) -> Option<&Propagation> {
-        self.propagation.as_ref()
-    }
-}
-
-impl Answer for RevokePrincipalTokensResponse {
-    const NAME: &'static str = "RevokePrincipalTokensResponse";
-
-    fn text(&self) -> String {
-        Details::default().add("revoked", self.revoked_count.to_string()).text()
-    }
-
-    fn propagation(&self) -> Option<&Propagation> {
-        self.propagation.as_ref()
     }
 }
 
@@ -152,6 +219,7 @@ impl Answer for ValidateTokenResponse {
         if !self.missing_scopes.is_empty() {
             details.add("missing scopes", listed(&self.missing_scopes, ""));
         }
+        details.add_if("route's scope", &self.derived_scope);
         if self.token_id.is_empty() {
             return details.text();
         }
@@ -192,7 +260,6 @@ fn rows(tokens: &[Token]) -> String {
 }
 
 fn row(token: &Token) -> Vec<String> {
-    let minutes = |instant: Option<&prost_types::Timestamp>| shown(instant, expiry::minutes);
     vec![
         token.id.clone(),
         token.display_name.clone(),
@@ -226,6 +293,10 @@ fn details(token: &Token) -> String {
 
 fn instant(instant: Option<&prost_types::Timestamp>) -> String {
     shown(instant, expiry::seconds)
+}
+
+fn minutes(instant: Option<&prost_types::Timestamp>) -> String {
+    shown(instant, expiry::minutes)
 }
 
 fn shown(instant: Option<&prost_types::Timestamp>, show: fn(jiff::Timestamp) -> String) -> String {
@@ -265,6 +336,11 @@ fn kind(kind: TokenKind) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proto::{
+        CreateWorkspaceResponse, GetPrincipalResponse, GetWorkspaceResponse, ListAuditEventsResponse, ListPrincipalsResponse,
+        ListWorkspacesResponse, ResumePrincipalResponse, ResumeWorkspaceResponse, SuspendPrincipalResponse, SuspendWorkspaceResponse,
+        UpdateWorkspaceResponse, UpsertPrincipalResponse,
+    };
 
     fn token() -> Token {
         Token {
@@ -338,6 +414,24 @@ mod tests {
         check::<RevokePrincipalTokensResponse>();
         check::<WhoAmIResponse>();
         check::<ValidateTokenResponse>();
+        check::<CreateMyTokenResponse>();
+        check::<IssueTemporaryTokenResponse>();
+        check::<EndSessionResponse>();
+        check::<ReportLeakedTokensResponse>();
+        check::<CreateWorkspaceResponse>();
+        check::<GetWorkspaceResponse>();
+        check::<ListWorkspacesResponse>();
+        check::<UpdateWorkspaceResponse>();
+        check::<SuspendWorkspaceResponse>();
+        check::<ResumeWorkspaceResponse>();
+        check::<DeleteWorkspaceResponse>();
+        check::<UpsertPrincipalResponse>();
+        check::<GetPrincipalResponse>();
+        check::<ListPrincipalsResponse>();
+        check::<SuspendPrincipalResponse>();
+        check::<ResumePrincipalResponse>();
+        check::<DeletePrincipalResponse>();
+        check::<ListAuditEventsResponse>();
     }
 
     #[test]

@@ -36,6 +36,11 @@ fn pair(text: &str) -> Result<(String, String), &'static str> {
     }
 }
 
+/// `--workspace ID`
+pub(super) fn workspace() -> Arg {
+    option("workspace", "ID", "In this workspace [default: yours]")
+}
+
 /// The text that was given; empty, which on the wire means "not said", if none was.
 pub(super) fn text(args: &ArgMatches, name: &str) -> String {
     args.get_one::<String>(name).cloned().unwrap_or_default()

@@ -2,10 +2,11 @@
 //!
 //! Invariant: a date must be later than today and an instant must lie ahead (test `an_expiry_lies_in_the_future`).
 
-use std::{str::FromStr, time::Duration};
+use std::{fmt::Write as _, str::FromStr, time::Duration};
 
 use jiff::{Timestamp, civil::Date, tz::TimeZone};
 
+use super::failure::Failure;
 use crate::ambient::Time;
 
 const MINUTE: u64 = 60;
@@ -99,6 +100,20 @@ pub(super) fn span(text: &str) -> Result<Duration, String> {
     if text.is_empty() || number.is_some() { Err(malformed()) } else { Ok(Duration::from_secs(seconds)) }
 }
 
+/// A span of the wire as `span` takes it back, such as `365d` or `1h30m`; nothing if it is not of whole seconds.
+pub(super) fn span_text(span: &prost_types::Duration) -> Option<String> {
+    let mut left = u64::try_from(span.seconds).ok().filter(|_| span.nanos == 0)?;
+    let mut text = String::new();
+    for (unit, letter) in [(DAY, 'd'), (HOUR, 'h'), (MINUTE, 'm'), (1, 's')] {
+        if left >= unit {
+            // Writing to a String cannot fail.
+            let _ = write!(text, "{}{letter}", left / unit);
+        }
+        left %= unit;
+    }
+    Some(if text.is_empty() { "0s".to_owned() } else { text })
+}
+
 fn unit(letter: char) -> Option<u64> {
     match letter {
         's' => Some(1),
@@ -114,6 +129,14 @@ fn unit(letter: char) -> Option<u64> {
 /// The instant of a clock, as the calendar knows it.
 pub(super) fn timestamp(time: Time) -> Timestamp {
     Timestamp::from_microsecond(time.micros()).unwrap_or(Timestamp::MAX)
+}
+
+/// A span as the wire carries it.
+///
+/// # Errors
+/// A usage failure if the wire has no room for it.
+pub(super) fn span_to_wire(span: Duration) -> Result<prost_types::Duration, Failure> {
+    span.try_into().map_err(|_| Failure::usage("the span is too long"))
 }
 
 /// An instant as the wire carries it.
@@ -158,6 +181,18 @@ mod tests {
         for text in ["", "30", "d", "30 d", "-1d", "1.5h", "30days", "1h30", "9999999999999999999d", "99999999999999999999s", "٣d"] {
             assert!(span(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn spans_are_shown_as_they_are_typed() {
+        for (seconds, expected) in
+            [(0, "0s"), (90, "1m30s"), (86_400, "1d"), (31_536_000, "365d"), (131_400, "1d12h30m"), (7_776_001, "90d1s")]
+        {
+            let text = span_text(&prost_types::Duration { seconds, nanos: 0 }).expect("whole seconds");
+            assert_eq!((text.as_str(), span(&text)), (expected, Ok(Duration::from_secs(u64::try_from(seconds).expect("small")))));
+        }
+        assert_eq!(span_text(&prost_types::Duration { seconds: 1, nanos: 1 }), None);
+        assert_eq!(span_text(&prost_types::Duration { seconds: -1, nanos: 0 }), None);
     }
 
     #[test]

@@ -64,6 +64,13 @@ impl Failure {
         Self::new(Exit::Usage, "USAGE", message.into())
     }
 
+    /// What was typed, or the file that was named, breaks rules.
+    pub(super) fn mistakes(message: impl Into<String>, violations: Vec<Violation>) -> Self {
+        let mut failure = Self::usage(message);
+        failure.0.violations = violations;
+        failure
+    }
+
     /// Keyward could not be asked.
     pub(super) fn unreachable(message: impl Into<String>) -> Self {
         Self::new(Exit::Unreachable, "UNAVAILABLE", message.into())
@@ -113,7 +120,8 @@ impl Failure {
 
     fn text(&self) -> String {
         let cause = &self.0;
-        let mut text = format!("keyward: {}\n", escape(self.headline()));
+        let colon = if cause.violations.is_empty() { "" } else { ":" };
+        let mut text = format!("keyward: {}{colon}\n", escape(self.headline()));
         // Writing to a String cannot fail.
         for Violation { field, rule } in &cause.violations {
             let _ = writeln!(text, "  {}: {}", escape(field), escape(rule));
@@ -127,9 +135,10 @@ impl Failure {
         text
     }
 
-    /// The message, which is of the first violation only if there are some: they are listed below it.
+    /// The message, which the server takes from the first violation if there are some: they are listed below it.
     fn headline(&self) -> &str {
-        if self.0.violations.is_empty() { &self.0.message } else { "the request breaks rules:" }
+        let is_own = self.0.violations.is_empty() || self.0.exit == Exit::Usage;
+        if is_own { &self.0.message } else { "the request breaks rules" }
     }
 
     fn json(&self) -> String {

@@ -1,21 +1,21 @@
-//! `keyward token list`: which tokens, and how many pages of them.
+//! `keyward token list`: which tokens.
 
-use clap::{ArgAction, ArgMatches, Command, value_parser};
-use tonic::{Status, transport::Channel};
+use clap::{ArgAction, ArgMatches, Command};
+use tonic::transport::Channel;
 
 use super::{
-    arguments::{command, option, switch, text},
+    arguments::{command, option, switch, text, workspace},
     connection::{ANSWER_BYTES_MAX, Connection},
     expiry::{self, Expiry},
     failure::{Exit, Failure},
+    paging,
     session::Session,
 };
 use crate::proto::{
-    ListMyTokensRequest, ListMyTokensResponse, ListTokensRequest, ListTokensResponse, Token, TokenKind, TokenState,
+    ListMyTokensRequest, ListMyTokensResponse, ListTokensRequest, ListTokensResponse, TokenKind, TokenState,
     self_service_client::SelfServiceClient, token_service_client::TokenServiceClient,
 };
 
-const PAGE_SIZE_MAX: u32 = 1_000;
 /// Filters that `ListMyTokens` does not know: it is about one principal.
 const FILTERS_OF_ALL: [&str; 6] = ["workspace", "principal", "audience", "created-by", "expires-before", "last-used-before"];
 
@@ -28,7 +28,7 @@ pub(super) fn list_command() -> Command {
             switch("mine", "Only your own: needs keyward:self, where the whole list needs keyward:admin")
                 .conflicts_with_all(FILTERS_OF_ALL),
         )
-        .arg(option("workspace", "ID", "In this workspace [default: yours]"))
+        .arg(workspace())
         .arg(option("principal", "ID", "That stand for this principal"))
         .arg(option("audience", "PRODUCT", "That name this product"))
         .arg(
@@ -46,12 +46,10 @@ pub(super) fn list_command() -> Command {
         )
         .arg(option("query", "TEXT", "With this text in their name"))
         .arg(option("order-by", "FIELD", "create_time, display_name or expire_time, each also with ` desc` [default: create_time desc]"))
-        .arg(option("limit", "COUNT", "At most this many [default: 50]").value_parser(value_parser!(u32).range(1..)).conflicts_with("all"))
-        .arg(switch("all", "All of them"))
-        .arg(option("page-token", "TOKEN", "Go on where the list with this nextPageToken ended"))
+        .args(paging::args())
 }
 
-fn when(text: &str) -> Result<Expiry, String> {
+pub(super) fn when(text: &str) -> Result<Expiry, String> {
     text.parse()
 }
 
@@ -69,7 +67,8 @@ fn states(args: &ArgMatches) -> Vec<i32> {
     given.filter_map(|state| TokenState::from_str_name(&format!("TOKEN_STATE_{}", state.to_uppercase()))).map(i32::from).collect()
 }
 
-fn instant(args: &ArgMatches, name: &str, session: &Session<'_>, back: bool) -> Result<Option<prost_types::Timestamp>, Failure> {
+/// The instant that a filter names, if it was given.
+pub(super) fn instant(args: &ArgMatches, name: &str, session: &Session<'_>, back: bool) -> Result<Option<prost_types::Timestamp>, Failure> {
     let given = args.get_one::<Expiry>(name).map(|when| when.instant(session.now, back)).transpose();
     given.map(|instant| instant.map(expiry::to_wire)).map_err(|rule| Failure::usage(format!("--{name}: {rule}")))
 }
@@ -95,14 +94,14 @@ async fn list_all(args: &ArgMatches, session: &mut Session<'_>) -> Result<Exit, 
     };
     let connection = Connection::open(args, session).await?;
     let client = TokenServiceClient::new(connection.channel()).max_decoding_message_size(ANSWER_BYTES_MAX);
-    let (tokens, next_page_token) = pages(args, async |page_size, page_token| {
+    let (tokens, next_page_token) = paging::pages(args, async |page_size, page_token| {
         let message = ListTokensRequest { page_size, page_token, ..request.clone() };
         let mut client: TokenServiceClient<Channel> = client.clone();
         let page = client.list_tokens(connection.request(message)).await?.into_inner();
         Ok((page.tokens, page.next_page_token))
     })
     .await?;
-    remark(session, &tokens, &next_page_token);
+    paging::remark(session, "tokens", &tokens, &next_page_token);
     session.answer(&ListTokensResponse { tokens, next_page_token })
 }
 
@@ -117,76 +116,23 @@ async fn list_mine(args: &ArgMatches, session: &mut Session<'_>) -> Result<Exit,
     };
     let connection = Connection::open(args, session).await?;
     let client = SelfServiceClient::new(connection.channel()).max_decoding_message_size(ANSWER_BYTES_MAX);
-    let (tokens, next_page_token) = pages(args, async |page_size, page_token| {
+    let (tokens, next_page_token) = paging::pages(args, async |page_size, page_token| {
         let message = ListMyTokensRequest { page_size, page_token, ..request.clone() };
         let mut client: SelfServiceClient<Channel> = client.clone();
         let page = client.list_my_tokens(connection.request(message)).await?.into_inner();
         Ok((page.tokens, page.next_page_token))
     })
     .await?;
-    remark(session, &tokens, &next_page_token);
+    paging::remark(session, "tokens", &tokens, &next_page_token);
     session.answer(&ListMyTokensResponse { tokens, next_page_token })
-}
-
-/// Fetches pages until there are as many tokens as wanted, or no more.
-async fn pages(
-    args: &ArgMatches,
-    page: impl AsyncFn(i32, String) -> Result<(Vec<Token>, String), Status>,
-) -> Result<(Vec<Token>, String), Failure> {
-    let mut wanted = if args.get_flag("all") { u32::MAX } else { args.get_one("limit").copied().unwrap_or(50) };
-    let (mut tokens, mut next) = (Vec::new(), text(args, "page-token"));
-    loop {
-        let page_size = i32::try_from(wanted.min(PAGE_SIZE_MAX)).unwrap_or_default();
-        let (more, token) = page(page_size, next).await?;
-        wanted = wanted.saturating_sub(u32::try_from(more.len()).unwrap_or(u32::MAX));
-        tokens.extend(more);
-        next = token;
-        if next.is_empty() || wanted == 0 {
-            return Ok((tokens, next));
-        }
-    }
-}
-
-fn remark(session: &mut Session<'_>, tokens: &[Token], next_page_token: &str) {
-    if tokens.is_empty() {
-        session.remark("There are no such tokens.");
-    }
-    if !next_page_token.is_empty() {
-        session.remark("There are more: --limit COUNT or --all shows them.");
-    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::cell::RefCell;
-
     use super::*;
 
     fn parse(arguments: &[&str]) -> ArgMatches {
         list_command().no_binary_name(true).try_get_matches_from(arguments).expect("well formed")
-    }
-
-    /// Lists 2,500 tokens, and says which page sizes were asked for and what is left.
-    fn listed(arguments: &[&str]) -> (usize, Vec<i32>, String) {
-        let asked = RefCell::new(Vec::new());
-        let page = async |size: i32, token: String| {
-            asked.borrow_mut().push(size);
-            let start: usize = token.parse().unwrap_or(0);
-            let end = 2_500.min(start + usize::try_from(size).expect("small"));
-            let next = if end < 2_500 { end.to_string() } else { String::new() };
-            Ok((vec![Token::default(); end - start], next))
-        };
-        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        let (tokens, next) = runtime.block_on(pages(&parse(arguments), page)).expect("pages");
-        (tokens.len(), asked.into_inner(), next)
-    }
-
-    #[test]
-    fn pages_are_followed_as_far_as_wanted() {
-        assert_eq!(listed(&[]), (50, vec![50], "50".to_owned()));
-        assert_eq!(listed(&["--limit", "1200"]), (1_200, vec![1_000, 200], "1200".to_owned()));
-        assert_eq!(listed(&["--all"]), (2_500, vec![1_000; 3], String::new()));
-        assert_eq!(listed(&["--limit", "9", "--page-token", "2495"]), (5, vec![9], String::new()));
     }
 
     #[test]

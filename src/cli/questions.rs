@@ -32,6 +32,7 @@ pub(super) fn whoami_command() -> Command {
 pub(super) fn validate_command() -> Command {
     let examples = "  keyward validate - < token.txt\n  \
                     echo \"$TOKEN\" | keyward validate --audience orders --scope orders:read\n  \
+                    keyward validate \"$TOKEN\" --method GET --path /api/agent-base/7/executions\n  \
                     keyward validate \"$TOKEN\" --peek --output json";
     command("validate", "Asks whether a token is good, whose it is and what it may do; exit code 0 if it is good, 1 if not", examples)
         .arg(
@@ -41,6 +42,11 @@ pub(super) fn validate_command() -> Command {
         )
         .arg(option("audience", "PRODUCT", "The product that it is presented to"))
         .arg(list("scope", "SCOPE", "A scope that this use needs, such as orders:read; repeat it for more"))
+        .arg(option("method", "METHOD", "The method of the HTTP request that it came with, such as GET").requires("path"))
+        .arg(
+            option("path", "PATH", "The path of that request, as it was received: the use then needs the scope of its route")
+                .requires("method"),
+        )
         .arg(option("client-ip", "ADDRESS", "The address of the client that presented it"))
         .arg(switch("peek", "Do not count this as a use of the token"))
         .args(connection::args())
@@ -74,6 +80,8 @@ pub(super) async fn validate(args: &ArgMatches, session: &mut Session<'_>) -> Re
         token: subject.reveal().to_owned(),
         audience: text(args, "audience"),
         required_scopes: texts(args, "scope"),
+        http_method: text(args, "method"),
+        path: text(args, "path"),
         client_ip: text(args, "client-ip"),
         peek: args.get_flag("peek"),
     };

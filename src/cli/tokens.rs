@@ -4,11 +4,12 @@ use clap::{Arg, ArgMatches, Command};
 use tonic::transport::Channel;
 
 use super::{
-    arguments::{command, list, metadata, option, pairs, switch, text, texts},
+    arguments::{command, list, metadata, option, pairs, switch, text, texts, workspace},
     connection::{self, Connection},
     expiry::{self, Expiry},
     failure::{Exit, Failure},
     listing::{kind, list_command},
+    own,
     session::Session,
     update::update_command,
 };
@@ -16,8 +17,8 @@ use crate::{
     ambient,
     proto::{
         ActivateTokenRequest, CreateTokenRequest, DeactivateTokenRequest, DeleteTokenRequest, GetTokenRequest, RegenerateSelfRequest,
-        RegenerateTokenRequest, RevokePrincipalTokensRequest, RevokeSelfRequest, RevokeTokenRequest, create_token_request::Lifetime,
-        self_service_client::SelfServiceClient, token_service_client::TokenServiceClient,
+        RegenerateTokenRequest, RevokePrincipalTokensRequest, RevokeSelfRequest, RevokeTokenRequest, TokenKind,
+        create_token_request::Lifetime, self_service_client::SelfServiceClient, token_service_client::TokenServiceClient,
     },
 };
 
@@ -37,19 +38,25 @@ pub(super) fn token_command() -> Command {
 
 fn create_command() -> Command {
     let examples = "  TOKEN=$(keyward token create --name ci --scope orders:read --expires 90d)\n  \
-                    keyward token create --name gateway --principal gw --scope keyward:validate --expires never";
+                    keyward token create --name gateway --principal gw --scope keyward:validate --expires never\n  \
+                    keyward token create --self --temporary --scope orders:read --expires 1h";
     command("create", "Creates a token and shows it, this once", examples)
         .after_help(format!(
             "The token itself goes alone to standard output, and what describes it to standard error, so that a script can take it with \
              $(…).\nWith --output json both are in one object on standard output.\n\nExamples:\n{examples}"
         ))
-        .arg(option("name", "TEXT", "What people recognise it by").required(true))
+        .arg(option("name", "TEXT", "What people recognise it by").required_unless_present("self"))
+        .arg(
+            switch("self", "For yourself: needs keyward:self, where tokens of others need keyward:admin")
+                .conflicts_with_all(["workspace", "principal"]),
+        )
         .arg(option("workspace", "ID", "The workspace that it belongs to [default: yours]"))
         .arg(option("principal", "ID", "Whom it stands for [default: you]"))
         .arg(
-            option("kind", "KIND", "How long it is meant to live; temporary: at most 24 hours [default: permanent]")
+            option("kind", "KIND", "How long it is meant to live; temporary: for a login session [default: permanent]")
                 .value_parser(["permanent", "temporary"]),
         )
+        .arg(switch("temporary", "As --kind temporary").conflicts_with("kind"))
         .arg(list(
             "scope",
             "SCOPE",
@@ -59,7 +66,7 @@ fn create_command() -> Command {
         .arg(list("cidr", "RANGE", "Addresses that it may be used from, such as 10.0.0.0/8; repeat it for more [default: any]"))
         .arg(metadata("Free text for your own use; repeat it for more"))
         .arg(option("session-id", "ID", "The login session of a temporary token"))
-        .arg(expires(format!("{EXPIRES_HELP} [default: 90d, a temporary one 24h]")))
+        .arg(expires(format!("{EXPIRES_HELP} [default: as the workspace's policy says: 90d, a temporary one 24h, unless changed]")))
         .arg(request_id())
 }
 
@@ -109,7 +116,7 @@ fn delete_command() -> Command {
 fn revoke_principal_command() -> Command {
     command("revoke-principal", "Revokes every token of a principal", "  keyward token revoke-principal ann --reason \"has left\"")
         .arg(Arg::new("principal").value_name("PRINCIPAL").required(true).help("Whose tokens"))
-        .arg(option("workspace", "ID", "In this workspace [default: yours]"))
+        .arg(workspace())
         .arg(reason())
 }
 
@@ -133,7 +140,7 @@ pub(super) fn expires(help: String) -> Arg {
     option("expires", "WHEN", "").help(help).value_parser(|text: &str| text.parse::<Expiry>())
 }
 
-fn reason() -> Arg {
+pub(super) fn reason() -> Arg {
     option("reason", "TEXT", "Why, for those who look at it later")
 }
 
@@ -142,14 +149,14 @@ fn request_id() -> Arg {
 }
 
 /// The id that was given, or a random one: with it, an answer that got lost can be asked for again.
-fn new_request_id(args: &ArgMatches) -> Result<String, Failure> {
+pub(super) fn new_request_id(args: &ArgMatches) -> Result<String, Failure> {
     match text(args, "request-id") {
         given if !given.is_empty() => Ok(given),
         _ => Ok(format!("{:032x}", u128::from_ne_bytes(ambient::random()?))),
     }
 }
 
-fn ask_again(request_id: &str) -> String {
+pub(super) fn ask_again(request_id: &str) -> String {
     format!("it may have happened all the same: the same command with --request-id {request_id} gets its answer for 10 minutes")
 }
 
@@ -159,18 +166,24 @@ async fn tokens(args: &ArgMatches, session: &mut Session<'_>) -> Result<(Connect
     Ok((connection, client))
 }
 
-async fn self_service(args: &ArgMatches, session: &mut Session<'_>) -> Result<(Connection, SelfServiceClient<Channel>), Failure> {
+pub(super) async fn self_service(
+    args: &ArgMatches,
+    session: &mut Session<'_>,
+) -> Result<(Connection, SelfServiceClient<Channel>), Failure> {
     let connection = Connection::open(args, session).await?;
     let client = SelfServiceClient::new(connection.channel());
     Ok((connection, client))
 }
 
 pub(super) async fn create(args: &ArgMatches, session: &mut Session<'_>) -> Result<Exit, Failure> {
+    if args.get_flag("self") {
+        return own::create(args, session).await;
+    }
     let message = CreateTokenRequest {
         workspace: text(args, "workspace"),
         display_name: text(args, "name"),
         principal: text(args, "principal"),
-        kind: kind(args),
+        kind: if is_temporary(args) { TokenKind::Temporary.into() } else { kind(args) },
         scopes: texts(args, "scope"),
         audiences: texts(args, "audience"),
         allowed_cidrs: texts(args, "cidr"),
@@ -186,24 +199,26 @@ pub(super) async fn create(args: &ArgMatches, session: &mut Session<'_>) -> Resu
     session.answer(&answer.into_inner())
 }
 
+/// Whether the new token shall be a temporary one.
+pub(super) fn is_temporary(args: &ArgMatches) -> bool {
+    args.get_flag("temporary") || kind(args) == i32::from(TokenKind::Temporary)
+}
+
 /// A span is sent as it is: the same command sends the same request then, as `--request-id` needs it.
-fn lifetime(args: &ArgMatches, session: &Session<'_>) -> Result<Option<Lifetime>, Failure> {
+pub(super) fn lifetime(args: &ArgMatches, session: &Session<'_>) -> Result<Option<Lifetime>, Failure> {
     let Some(expiry) = args.get_one::<Expiry>("expires") else { return Ok(None) };
     let end = end(*expiry, session)?;
     Ok(match expiry {
         Expiry::Never => Some(Lifetime::Never(true)),
-        Expiry::In(span) => Some(Lifetime::Ttl(to_wire(*span)?)),
-        Expiry::Day(_) | Expiry::At(_) => end.map(Lifetime::ExpireTime),
+        Expiry::In(span) => Some(Lifetime::Ttl(expiry::span_to_wire(*span)?)),
+        Expiry::Day(day) => Some(Lifetime::ExpireDate(day.to_string())),
+        Expiry::At(_) => end.map(Lifetime::ExpireTime),
     })
 }
 
 pub(super) fn end(expiry: Expiry, session: &Session<'_>) -> Result<Option<prost_types::Timestamp>, Failure> {
     let end = expiry.end(session.now).map_err(|rule| Failure::usage(format!("--expires: {rule}")))?;
     Ok(end.map(expiry::to_wire))
-}
-
-fn to_wire(span: std::time::Duration) -> Result<prost_types::Duration, Failure> {
-    span.try_into().map_err(|_| Failure::usage("the span is too long"))
 }
 
 pub(super) async fn get(args: &ArgMatches, session: &mut Session<'_>) -> Result<Exit, Failure> {
@@ -254,7 +269,7 @@ async fn regenerate_self(args: &ArgMatches, session: &mut Session<'_>) -> Result
 }
 
 fn grace(args: &ArgMatches) -> Result<Option<prost_types::Duration>, Failure> {
-    args.get_one("grace").copied().map(to_wire).transpose()
+    args.get_one("grace").copied().map(expiry::span_to_wire).transpose()
 }
 
 pub(super) async fn revoke(args: &ArgMatches, session: &mut Session<'_>) -> Result<Exit, Failure> {

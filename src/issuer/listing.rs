@@ -3,20 +3,17 @@
 //! Invariant: a page token gets the next page of the list that it came from, and of no other (test
 //! `page_tokens_are_bound_to_their_arguments`).
 
-use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-
-use super::{Issuer, rules, settings};
+use super::{Issuer, settings};
 use crate::{
     ambient::Time,
     caller::Caller,
     error::{Error, Result, Violations},
     grant::{Kind, ShownState, Token},
+    rules,
     store::{Cursor, Filter, Order, OrderKey},
     token::{self, TokenId},
 };
 
-const PAGE_SIZE_DEFAULT: u64 = 50;
-const PAGE_SIZE_MAX: u64 = 1_000;
 const PAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
 /// What a token takes on a page beside its settings, at most.
 const PAGE_TOKEN_BYTES: usize = 1_024;
@@ -61,7 +58,7 @@ impl Issuer {
         let workspace = caller.workspace(&request.workspace)?.to_owned();
         let mut violations = request.violations;
         let order = violations.take("order_by", order(&request.order_by));
-        let limit = violations.take("page_size", page_size(request.page_size));
+        let limit = violations.take("page_size", rules::page_size(request.page_size));
         let query = some(request.query).and_then(|query| violations.take("query", rules::query(&query)));
         let principal = some(request.principal).and_then(|id| violations.take("principal", rules::principal(&id)));
         let created_by = some(request.created_by).and_then(|id| violations.take("created_by", rules::principal(&id)));
@@ -83,7 +80,7 @@ impl Issuer {
         let (Some(order), Some(limit)) = (order, limit) else {
             return Err(Error::Internal("a violation was lost".into()));
         };
-        if *filter.workspace != *caller.workspace && !self.store.has_workspace(&filter.workspace).await? {
+        if *filter.workspace != *caller.workspace && self.store.workspace(&filter.workspace).await?.is_none() {
             return Err(Error::NotFound("workspace"));
         }
         let mut tokens = self.store.tokens(&filter, order, after.as_ref(), limit + 1, now).await?;
@@ -96,17 +93,13 @@ impl Issuer {
     }
 
     fn seal_page(&self, purpose: &[u8], cursor: &Cursor) -> Result<String> {
-        let sealed = self.keyring.seal(purpose, format!("{} {}", cursor.id, cursor.key).as_bytes())?;
-        Ok(URL_SAFE_NO_PAD.encode(sealed))
+        self.keyring.seal_text(purpose, &format!("{} {}", cursor.id, cursor.key))
     }
 
     fn open_page(&self, purpose: &[u8], text: &str) -> std::result::Result<Cursor, &'static str> {
-        const RULE: &str =
-            "must be the next_page_token of the page before, with the same arguments otherwise; leave it empty to start again";
-        let sealed = URL_SAFE_NO_PAD.decode(text).map_err(|_| RULE)?;
-        let plain = self.keyring.open(purpose, &sealed).and_then(|plain| String::from_utf8(plain).ok()).ok_or(RULE)?;
-        let (id, key) = plain.split_once(' ').ok_or(RULE)?;
-        Ok(Cursor { id: TokenId::parse(id).ok_or(RULE)?, key: key.to_owned() })
+        let plain = self.keyring.open_text(purpose, text).ok_or(rules::PAGE_TOKEN)?;
+        let (id, key) = plain.split_once(' ').ok_or(rules::PAGE_TOKEN)?;
+        Ok(Cursor { id: TokenId::parse(id).ok_or(rules::PAGE_TOKEN)?, key: key.to_owned() })
     }
 }
 
@@ -123,14 +116,6 @@ fn cut_to_page(tokens: &mut Vec<Token>) {
 
 fn some(text: String) -> Option<String> {
     (!text.is_empty()).then_some(text)
-}
-
-fn page_size(asked: i32) -> std::result::Result<u64, &'static str> {
-    match u64::try_from(asked) {
-        Err(_) => Err("must not be negative; 0 means 50"),
-        Ok(0) => Ok(PAGE_SIZE_DEFAULT),
-        Ok(size) => Ok(size.min(PAGE_SIZE_MAX)),
-    }
 }
 
 fn order(text: &str) -> std::result::Result<Order, &'static str> {

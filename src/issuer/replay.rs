@@ -5,12 +5,13 @@
 
 use std::time::Duration;
 
-use super::{Issuer, rules};
+use super::Issuer;
 use crate::{
     ambient::Time,
     caller::Caller,
     error::{Error, Result},
     grant::Token,
+    rules,
     store::{Claim, Tx},
     token::{self, Secret, TokenId},
 };

@@ -73,6 +73,8 @@ fn caller_of(identity: &CertificateIdentity, stream: &TlsStream<TcpStream>) -> C
         workspace: identity.workspace.as_str().into(),
         principal: identity.principal.as_str().into(),
         scopes: identity.scopes.clone().into(),
+        // The store says that, when the caller is judged.
+        has_admin_role: false,
         address: stream.get_ref().0.peer_addr().ok().map(|address| address.ip().to_canonical()),
     }
 }

@@ -7,6 +7,7 @@ use crate::{
     ambient::Time,
     error::Result,
     grant::{Kind, State, Token},
+    scope::Right,
     token::TokenId,
 };
 
@@ -40,6 +41,7 @@ pub(super) mod token {
         pub revoke_reason: String,
         pub delete_time: Option<i64>,
         pub version: i64,
+        pub is_root: bool,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
@@ -53,6 +55,63 @@ pub(super) mod token {
             Relation::Usage.def()
         }
     }
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+pub(super) mod workspace {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "workspace")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub id: String,
+        pub display_name: String,
+        pub prefix: String,
+        pub suspended: bool,
+        pub create_time: i64,
+        pub update_time: i64,
+        pub version: i64,
+        pub default_ttl_seconds: i64,
+        pub max_permanent_ttl_seconds: i64,
+        pub max_temporary_ttl_seconds: i64,
+        pub allow_never: bool,
+        pub permanent_requires_admin: bool,
+        pub principals_on_first_use: bool,
+        pub max_tokens_per_principal: i64,
+        pub resources: String,
+        pub delete_time: Option<i64>,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+pub(super) mod principal {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "principal")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub workspace: String,
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub id: String,
+        pub kind: i16,
+        pub display_name: String,
+        pub suspended: bool,
+        pub create_time: i64,
+        pub update_time: i64,
+        pub version: i64,
+        pub email: String,
+        pub role: i16,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
 
     impl ActiveModelBehavior for ActiveModel {}
 }
@@ -128,6 +187,7 @@ pub(super) mod audit {
         pub workspace: String,
         pub event_time: i64,
         pub method: String,
+        pub code: String,
         pub actor_workspace: String,
         pub actor_principal: String,
         pub actor_token_id: Option<String>,
@@ -228,6 +288,11 @@ pub(super) fn token_of(row: token::Model, usage: Option<usage::Model>) -> Result
     })
 }
 
+/// Whether a token may do everything everywhere.
+pub(super) fn is_root(token: &Token) -> bool {
+    token.scopes.iter().any(|scope| Right::of(scope) == Some(Right::Root))
+}
+
 /// The row of a token with the secret's digest.
 pub(super) fn row_of(token: &Token, digest: Vec<u8>) -> token::Model {
     token::Model {
@@ -254,5 +319,6 @@ pub(super) fn row_of(token: &Token, digest: Vec<u8>) -> token::Model {
         revoke_reason: token.revoke_reason.clone(),
         delete_time: None,
         version: token.version,
+        is_root: is_root(token),
     }
 }

@@ -13,7 +13,10 @@ pub(super) struct Migrator;
 #[async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(Version { name: "0001_ground_floor", up: GROUND_FLOOR })]
+        vec![
+            Box::new(Version { name: "0001_ground_floor", up: GROUND_FLOOR }),
+            Box::new(Version { name: "0002_whole_domain", up: WHOLE_DOMAIN }),
+        ]
     }
 }
 
@@ -181,4 +184,44 @@ CREATE TABLE keyring (
     kid {text} PRIMARY KEY,
     fingerprint {bytes} NOT NULL
 );
+";
+
+const WHOLE_DOMAIN: &str = r"
+ALTER TABLE workspace ADD COLUMN default_ttl_seconds BIGINT NOT NULL DEFAULT 7776000;
+ALTER TABLE workspace ADD COLUMN max_permanent_ttl_seconds BIGINT NOT NULL DEFAULT 31536000;
+ALTER TABLE workspace ADD COLUMN max_temporary_ttl_seconds BIGINT NOT NULL DEFAULT 86400;
+ALTER TABLE workspace ADD COLUMN allow_never BOOLEAN NOT NULL DEFAULT FALSE;
+ALTER TABLE workspace ADD COLUMN permanent_requires_admin BOOLEAN NOT NULL DEFAULT FALSE;
+ALTER TABLE workspace ADD COLUMN principals_on_first_use BOOLEAN NOT NULL DEFAULT TRUE;
+ALTER TABLE workspace ADD COLUMN max_tokens_per_principal BIGINT NOT NULL DEFAULT 100;
+ALTER TABLE workspace ADD COLUMN resources {text} NOT NULL DEFAULT '[]';
+ALTER TABLE workspace ADD COLUMN delete_time BIGINT;
+CREATE INDEX workspace_by_delete_time ON workspace (delete_time) WHERE delete_time IS NOT NULL;
+
+-- Every prefix that a workspace has or had: tokens out there carry it, and nobody else gets it.
+CREATE TABLE prefix (
+    prefix {text} PRIMARY KEY,
+    workspace {text} NOT NULL
+);
+CREATE INDEX prefix_by_workspace ON prefix (workspace);
+INSERT INTO prefix (prefix, workspace) SELECT prefix, id FROM workspace;
+
+ALTER TABLE principal ADD COLUMN email {text} NOT NULL DEFAULT '';
+ALTER TABLE principal ADD COLUMN role SMALLINT NOT NULL DEFAULT 1;
+
+ALTER TABLE token ADD COLUMN is_root BOOLEAN NOT NULL DEFAULT FALSE;
+UPDATE token SET is_root = TRUE WHERE ' ' || scopes || ' ' LIKE '% keyward:root %';
+CREATE INDEX token_by_root ON token (id) WHERE is_root;
+CREATE INDEX token_by_live_principal ON token (workspace, principal, kind, expire_time) WHERE delete_time IS NULL AND state <> 3;
+CREATE INDEX token_by_session ON token (workspace, session_id) WHERE session_id <> '' AND delete_time IS NULL AND state <> 3;
+-- What is old enough to be removed.
+CREATE INDEX token_by_end ON token (expire_time) WHERE expire_time < 9223372036854775807;
+CREATE INDEX token_by_revoke_time ON token (revoke_time) WHERE revoke_time IS NOT NULL;
+CREATE INDEX token_by_delete_time ON token (delete_time) WHERE delete_time IS NOT NULL;
+
+-- OK, or the gRPC code with which a call was refused.
+ALTER TABLE audit_event ADD COLUMN code {text} NOT NULL DEFAULT 'OK';
+CREATE INDEX audit_event_by_principal ON audit_event (workspace, principal, event_time, id);
+CREATE INDEX audit_event_by_actor ON audit_event (workspace, actor_principal, event_time, id);
+CREATE INDEX audit_event_by_method ON audit_event (workspace, method, event_time, id);
 ";

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use sea_orm::{
     ColumnTrait as _, ConnectionTrait as _, EntityTrait as _, ExprTrait as _, FromQueryResult, QueryFilter as _, QueryOrder as _,
     QuerySelect as _, QueryTrait as _, Statement,
-    sea_query::{Condition, Expr, Func, LikeExpr, Order as Direction},
+    sea_query::{Condition, Expr, Order as Direction},
 };
 
 use super::{
-    Store, damaged,
-    entity::{self, audience, token, usage},
+    Store, damaged, directory,
+    entity::{self, audience, token, usage, workspace},
     translate,
 };
 use crate::{
@@ -20,6 +20,7 @@ use crate::{
     error::Result,
     grant::{Grant, Kind, ShownState, State, Token},
     token::{Digest, TokenId},
+    workspace::Role,
 };
 
 /// How many digests one statement asks for.
@@ -108,6 +109,7 @@ struct FactsRow {
     expire_time: i64,
     workspace_suspended: bool,
     principal_suspended: bool,
+    principal_role: i16,
 }
 
 impl FactsRow {
@@ -127,6 +129,7 @@ impl FactsRow {
             expire_time: Time::from_micros(self.expire_time),
             secret_expire_time: Time::from_micros(self.secret_expire_time),
             principal_suspended: self.principal_suspended,
+            principal_is_admin: directory::role_of(self.principal_role)? == Role::Admin,
             workspace_suspended: self.workspace_suspended,
         };
         Ok((digest, Arc::new(grant)))
@@ -140,9 +143,10 @@ pub(super) fn facts_sql(count: usize) -> String {
         format!(
             "SELECT t.{presented} AS presented, {until} AS secret_expire_time, t.id, t.workspace, t.principal, t.kind, t.state, t.scopes, \
              t.audiences, t.allowed_cidrs, t.display_name, t.metadata, t.expire_time, w.suspended AS workspace_suspended, \
-             p.suspended AS principal_suspended \
-             FROM token t JOIN workspace w ON w.id = t.workspace JOIN principal p ON p.workspace = t.workspace AND p.id = t.principal \
-             WHERE t.{presented} IN ({places}) AND t.delete_time IS NULL"
+             COALESCE(p.suspended, FALSE) AS principal_suspended, CAST(COALESCE(p.role, 1) AS SMALLINT) AS principal_role \
+             FROM token t JOIN workspace w ON w.id = t.workspace \
+             LEFT JOIN principal p ON p.workspace = t.workspace AND p.id = t.principal \
+             WHERE t.{presented} IN ({places}) AND t.delete_time IS NULL AND w.delete_time IS NULL"
         )
     };
     let never = Time::NEVER.micros();
@@ -172,10 +176,7 @@ impl Store {
     /// # Errors
     /// `Unavailable`, `Overloaded`.
     pub async fn token(&self, id: TokenId, workspace: Option<&str>) -> Result<Option<Token>> {
-        let mut query = token::Entity::find_by_id(id.to_string()).filter(token::Column::DeleteTime.is_null());
-        if let Some(workspace) = workspace {
-            query = query.filter(token::Column::Workspace.eq(workspace));
-        }
+        let query = token_query(id, workspace);
         let found = self.reading("token", query.find_also_related(usage::Entity).one(&self.reader)).await?;
         found.map(|(row, usage)| entity::token_of(row, usage)).transpose()
     }
@@ -195,6 +196,16 @@ impl Store {
     }
 }
 
+/// One token, if it is of this workspace (nothing: of any that was not deleted) and not deleted.
+pub(super) fn token_query(id: TokenId, workspace: Option<&str>) -> sea_orm::Select<token::Entity> {
+    let query = token::Entity::find_by_id(id.to_string()).filter(token::Column::DeleteTime.is_null());
+    if let Some(workspace) = workspace {
+        return query.filter(token::Column::Workspace.eq(workspace));
+    }
+    let standing = workspace::Entity::find().select_only().column(workspace::Column::Id).filter(workspace::Column::DeleteTime.is_null());
+    query.filter(token::Column::Workspace.in_subquery(standing.into_query()))
+}
+
 fn list_query(filter: &Filter, order: Order, after: Option<&Cursor>, limit: u64, now: Time) -> sea_orm::Select<token::Entity> {
     let key = match order.key {
         OrderKey::CreateTime => token::Column::CreateTime,
@@ -209,7 +220,7 @@ fn list_query(filter: &Filter, order: Order, after: Option<&Cursor>, limit: u64,
         .add_option(filter.principal.as_ref().map(|principal| token::Column::Principal.eq(principal)))
         .add_option(filter.created_by.as_ref().map(|principal| token::Column::CreatedBy.eq(principal)))
         .add_option(filter.expires_before.map(|before| token::Column::ExpireTime.lt(before.micros())))
-        .add_option(filter.query.as_ref().map(|query| name_holds(query)))
+        .add_option(filter.query.as_ref().map(|query| directory::holds(token::Column::DisplayName.into_expr(), query)))
         .add_option(filter.audience.as_ref().map(|audience| names_audience(&filter.workspace, audience)));
     if !filter.states.is_empty() {
         condition = condition.add(filter.states.iter().fold(Condition::any(), |any, state| any.add(shows(*state, now))));
@@ -224,11 +235,6 @@ fn list_query(filter: &Filter, order: Order, after: Option<&Cursor>, limit: u64,
         condition = condition.add(if order.descending { here.lt(there) } else { here.gt(there) });
     }
     token::Entity::find().filter(condition).order_by(key, direction.clone()).order_by(token::Column::Id, direction).limit(limit)
-}
-
-fn name_holds(text: &str) -> Expr {
-    let literal = text.to_ascii_lowercase().replace('\\', r"\\").replace('%', r"\%").replace('_', r"\_");
-    Expr::expr(Func::lower(token::Column::DisplayName.into_expr())).like(LikeExpr::new(format!("%{literal}%")).escape('\\'))
 }
 
 fn names_audience(workspace: &str, name: &str) -> Expr {

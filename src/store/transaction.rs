@@ -6,26 +6,28 @@
 
 use sea_orm::{
     ActiveValue::Set, ColumnTrait as _, ConnectionTrait as _, DatabaseTransaction, DbErr, EntityTrait as _, IntoActiveModel as _,
-    QueryFilter as _, QueryOrder as _, Statement, TransactionTrait as _, Value,
+    QueryFilter as _, QueryOrder as _, Statement, TransactionTrait as _, Value, sea_query::Condition,
 };
 use tokio::{sync::SemaphorePermit, time::timeout};
 
 use super::{
     AuditEvent, Store, WORK_TIMEOUT, damaged,
     entity::{self, audience, audit, change, token, usage},
-    translate,
+    tokens, translate,
 };
 use crate::{
     ambient::{Stopwatch, Time},
     error::{Error, Result},
-    grant::{State, Token},
-    token::{Digest, Prefix, TokenId},
+    grant::{State, Subject, Token},
+    token::{Digest, TokenId},
 };
 
 /// Rows of one statement: below the databases' limits on parameters.
 const ROWS_MAX: usize = 1_000;
-/// A change of the token with the digest that is the row's subject.
+/// Kinds of changes in the log: of the token with the digest that is the row's subject, of a principal, of a workspace.
 const CHANGE_OF_TOKEN: i16 = 1;
+const CHANGE_OF_PRINCIPAL: i16 = 2;
+const CHANGE_OF_WORKSPACE: i16 = 3;
 
 /// What is kept of a `request_id`.
 #[derive(Debug, PartialEq, Eq)]
@@ -43,7 +45,7 @@ pub struct Tx<'a> {
     store: &'a Store,
     inner: DatabaseTransaction,
     seq: Option<i64>,
-    items: Vec<(i64, Digest)>,
+    touched: Vec<Subject>,
     watch: Stopwatch,
     _permit: SemaphorePermit<'a>,
 }
@@ -73,7 +75,7 @@ impl Store {
         let permit = self.permit(&self.write_permits).await?;
         let watch = Stopwatch::start();
         let tx = timeout(WORK_TIMEOUT, self.writer.begin()).await.map_err(|elapsed| Error::Unavailable(elapsed.into()))?;
-        Ok(Tx { store: self, inner: tx.map_err(translate)?, seq: None, items: Vec::new(), watch, _permit: permit })
+        Ok(Tx { store: self, inner: tx.map_err(translate)?, seq: None, touched: Vec::new(), watch, _permit: permit })
     }
 
     /// Removes log rows, kept answers and numbers that are too old for anybody to need. For space only.
@@ -108,42 +110,57 @@ impl Tx<'_> {
     }
 
     async fn write_log(&mut self, now: Time) -> Result<()> {
-        let items = std::mem::take(&mut self.items);
-        for chunk in items.chunks(ROWS_MAX) {
+        let touched = std::mem::take(&mut self.touched);
+        let numbered: Vec<(i64, Subject)> = (0..).zip(touched).collect();
+        for chunk in numbered.chunks(ROWS_MAX) {
             let seq = self.seq.ok_or_else(|| Error::Internal("a change without a number".into()))?;
-            let rows = chunk.iter().map(|(item, digest)| change::ActiveModel {
-                seq: Set(seq),
-                item: Set(*item),
-                kind: Set(CHANGE_OF_TOKEN),
-                subject: Set(digest.as_bytes().to_vec()),
-                change_time: Set(now.micros()),
+            let rows = chunk.iter().map(|(item, subject)| {
+                let (kind, subject) = logged(subject);
+                change::ActiveModel {
+                    seq: Set(seq),
+                    item: Set(*item),
+                    kind: Set(kind),
+                    subject: Set(subject),
+                    change_time: Set(now.micros()),
+                }
             });
             self.bounded(change::Entity::insert_many(rows).exec_without_returning(&self.inner)).await?;
         }
         Ok(())
     }
 
-    async fn query_one(&self, sql: &str, values: Vec<Value>) -> Result<Option<sea_orm::QueryResult>> {
+    pub(super) async fn query_one(&self, sql: &str, values: Vec<Value>) -> Result<Option<sea_orm::QueryResult>> {
         let statement = Statement::from_sql_and_values(self.store.backend(), sql, values);
         self.bounded(self.inner.query_one_raw(statement)).await
     }
 
-    async fn execute(&self, sql: &str, values: Vec<Value>) -> Result<u64> {
+    pub(super) async fn execute(&self, sql: &str, values: Vec<Value>) -> Result<u64> {
         let statement = Statement::from_sql_and_values(self.store.backend(), sql, values);
         self.bounded(self.inner.execute_raw(statement)).await.map(|done| done.rows_affected())
     }
 
-    async fn bounded<T>(&self, work: impl Future<Output = std::result::Result<T, DbErr>>) -> Result<T> {
+    pub(super) async fn bounded<T>(&self, work: impl Future<Output = std::result::Result<T, DbErr>>) -> Result<T> {
         let done = timeout(WORK_TIMEOUT, work).await.map_err(|elapsed| Error::Unavailable(elapsed.into()))?;
         done.map_err(translate)
     }
 
-    /// Notes that what is known of these digests is out of date once the change is committed.
-    fn touch(&mut self, digests: &[Digest]) {
-        for digest in digests {
-            let item = i64::try_from(self.items.len()).unwrap_or(i64::MAX);
-            self.items.push((item, *digest));
-        }
+    pub(super) fn inner(&self) -> &DatabaseTransaction {
+        &self.inner
+    }
+
+    /// Notes that what is known about these subjects is out of date once the change is committed.
+    pub(super) fn touch(&mut self, subjects: impl IntoIterator<Item = Subject>) {
+        self.touched.extend(subjects);
+    }
+
+    fn touch_tokens(&mut self, digests: &[Digest]) {
+        self.touch(digests.iter().copied().map(Subject::Token));
+    }
+
+    /// What this change is about.
+    #[must_use]
+    pub fn touched(&self) -> &[Subject] {
+        &self.touched
     }
 
     /// One token and the digests under which it may be known, if it is of this workspace (nothing: of any) and not deleted.
@@ -151,10 +168,7 @@ impl Tx<'_> {
     /// # Errors
     /// `Unavailable`.
     pub async fn token(&self, id: TokenId, workspace: Option<&str>) -> Result<Option<(Token, Vec<Digest>)>> {
-        let mut query = token::Entity::find_by_id(id.to_string()).filter(token::Column::DeleteTime.is_null());
-        if let Some(workspace) = workspace {
-            query = query.filter(token::Column::Workspace.eq(workspace));
-        }
+        let query = tokens::token_query(id, workspace);
         let found = self.bounded(query.find_also_related(usage::Entity).one(&self.inner)).await?;
         found.map(|(row, usage)| with_digests(row, usage)).transpose()
     }
@@ -164,15 +178,62 @@ impl Tx<'_> {
     /// # Errors
     /// `Unavailable`.
     pub async fn live_tokens(&self, workspace: &str, principal: &str, now: Time) -> Result<Vec<(Token, Vec<Digest>)>> {
+        self.live(Condition::all().add(token::Column::Workspace.eq(workspace)).add(token::Column::Principal.eq(principal)), now).await
+    }
+
+    /// As [`Tx::live_tokens`], every token of a login session; of one principal if it is named.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn live_session(
+        &self,
+        workspace: &str,
+        session_id: &str,
+        principal: Option<&str>,
+        now: Time,
+    ) -> Result<Vec<(Token, Vec<Digest>)>> {
+        let condition = Condition::all()
+            .add(token::Column::Workspace.eq(workspace))
+            .add(token::Column::SessionId.eq(session_id))
+            .add(token::Column::SessionId.ne(""))
+            .add_option(principal.map(|principal| token::Column::Principal.eq(principal)));
+        self.live(condition, now).await
+    }
+
+    async fn live(&self, condition: Condition, now: Time) -> Result<Vec<(Token, Vec<Digest>)>> {
         let query = token::Entity::find()
+            .filter(condition)
             .filter(token::Column::DeleteTime.is_null())
-            .filter(token::Column::Workspace.eq(workspace))
-            .filter(token::Column::Principal.eq(principal))
             .filter(token::Column::State.ne(entity::state_number(State::Revoked)))
             .filter(token::Column::ExpireTime.gt(now.micros()))
             .order_by_asc(token::Column::CreateTime);
         let rows = self.bounded(query.find_also_related(usage::Entity).all(&self.inner)).await?;
         rows.into_iter().map(|(row, usage)| with_digests(row, usage)).collect()
+    }
+
+    /// The token behind a digest, and whether the digest is that of its present secret (and not of the one before), if it is not deleted.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn token_of_digest(&self, digest: &Digest) -> Result<Option<(Token, Vec<Digest>, bool)>> {
+        for (column, is_present) in [(token::Column::Digest, true), (token::Column::PreviousDigest, false)] {
+            let query = token::Entity::find().filter(column.eq(digest.as_bytes().to_vec())).filter(token::Column::DeleteTime.is_null());
+            if let Some((row, usage)) = self.bounded(query.find_also_related(usage::Entity).one(&self.inner)).await? {
+                let (token, digests) = with_digests(row, usage)?;
+                return Ok(Some((token, digests, is_present)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Ends the grace of a token's secret before the present one.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn end_grace(&mut self, id: TokenId, digests: &[Digest]) -> Result<()> {
+        self.touch_tokens(digests);
+        let sql = "UPDATE token SET previous_digest = NULL, previous_expire_time = NULL WHERE id = $1";
+        self.execute(sql, vec![id.to_string().into()]).await.map(drop)
     }
 
     /// Adds a token.
@@ -202,13 +263,14 @@ impl Tx<'_> {
     /// # Errors
     /// `Unavailable`.
     pub async fn update_token(&mut self, token: &Token, digests: &[Digest]) -> Result<()> {
-        self.touch(digests);
+        self.touch_tokens(digests);
         let changed = token::ActiveModel {
             id: Set(token.id.to_string()),
             display_name: Set(token.display_name.clone()),
             state: Set(entity::state_number(token.state)),
             hint: Set(token.hint.clone()),
             scopes: Set(entity::join(&token.scopes)),
+            is_root: Set(entity::is_root(token)),
             audiences: Set(token.audiences.join(" ")),
             allowed_cidrs: Set(entity::join(&token.allowed_cidrs)),
             metadata: Set(entity::metadata_text(&token.metadata)),
@@ -227,7 +289,7 @@ impl Tx<'_> {
     /// # Errors
     /// `Unavailable`.
     pub async fn revoke_tokens(&mut self, ids: &[TokenId], reason: &str, digests: &[Digest], now: Time) -> Result<()> {
-        self.touch(digests);
+        self.touch_tokens(digests);
         for chunk in ids.chunks(ROWS_MAX) {
             let places = (4..4 + chunk.len()).map(|number| format!("${number}")).collect::<Vec<_>>().join(", ");
             let sql = format!(
@@ -275,7 +337,7 @@ impl Tx<'_> {
     /// # Errors
     /// `Unavailable`.
     pub async fn delete_token(&mut self, id: TokenId, digests: &[Digest], now: Time) -> Result<()> {
-        self.touch(digests);
+        self.touch_tokens(digests);
         let id = id.to_string();
         self.execute("DELETE FROM token_audience WHERE token_id = $1", vec![id.clone().into()]).await?;
         self.execute(
@@ -286,41 +348,12 @@ impl Tx<'_> {
         .map(drop)
     }
 
-    /// The brand of a workspace; nothing if there is no such workspace.
-    ///
-    /// # Errors
-    /// `Unavailable`.
-    pub async fn prefix(&self, workspace: &str) -> Result<Option<Prefix>> {
-        let row = self.query_one("SELECT prefix FROM workspace WHERE id = $1", vec![workspace.into()]).await?;
-        row.map(|row| row.try_get_by_index::<String>(0).map_err(translate)?.parse().map_err(|_| damaged("workspace.prefix"))).transpose()
-    }
-
     /// Whether nothing was ever made in this store.
     ///
     /// # Errors
     /// `Unavailable`.
     pub async fn is_empty(&self) -> Result<bool> {
         Ok(self.query_one("SELECT 1 FROM workspace LIMIT 1", vec![]).await?.is_none())
-    }
-
-    /// Adds a workspace.
-    ///
-    /// # Errors
-    /// `Unavailable`.
-    pub async fn insert_workspace(&self, id: &str, display_name: &str, prefix: &Prefix, now: Time) -> Result<()> {
-        let sql = "INSERT INTO workspace (id, display_name, prefix, suspended, create_time, update_time, version) VALUES ($1, $2, $3, $4, $5, $5, 1)";
-        let values = vec![id.into(), display_name.into(), prefix.as_str().into(), false.into(), now.micros().into()];
-        self.execute(sql, values).await.map(drop)
-    }
-
-    /// Takes up a principal that was never heard of.
-    ///
-    /// # Errors
-    /// `Unavailable`.
-    pub async fn ensure_principal(&self, workspace: &str, id: &str, now: Time) -> Result<()> {
-        let sql = "INSERT INTO principal (workspace, id, kind, display_name, suspended, create_time, update_time, version) \
-                   VALUES ($1, $2, 1, $2, $3, $4, $4, 1) ON CONFLICT (workspace, id) DO NOTHING";
-        self.execute(sql, vec![workspace.into(), id.into(), false.into(), now.micros().into()]).await.map(drop)
     }
 
     /// Writes audit rows.
@@ -378,4 +411,14 @@ fn with_digests(row: token::Model, usage: Option<usage::Model>) -> Result<(Token
 fn digests_of(row: &token::Model) -> Result<Vec<Digest>> {
     let digests = std::iter::once(&row.digest).chain(&row.previous_digest);
     digests.map(|bytes| Digest::from_slice(bytes).ok_or_else(|| damaged("token.digest"))).collect()
+}
+
+/// A subject as it stands in the log of changes.
+fn logged(subject: &Subject) -> (i16, Vec<u8>) {
+    match subject {
+        Subject::Token(digest) => (CHANGE_OF_TOKEN, digest.as_bytes().to_vec()),
+        // No id of a workspace holds a slash.
+        Subject::Principal { workspace, id } => (CHANGE_OF_PRINCIPAL, format!("{workspace}/{id}").into_bytes()),
+        Subject::Workspace(id) => (CHANGE_OF_WORKSPACE, id.as_bytes().to_vec()),
+    }
 }

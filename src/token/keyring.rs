@@ -11,6 +11,7 @@ use std::{
     path::Path,
 };
 
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use zeroize::Zeroizing;
 
@@ -160,6 +161,20 @@ impl Keyring {
         let mut buffer = ciphertext.to_vec();
         let plain = key.open_in_place(nonce, Aad::from(purpose), &mut buffer).ok()?;
         Some(plain.to_vec())
+    }
+
+    /// As [`Keyring::seal`], as text that fits into a URL.
+    ///
+    /// # Errors
+    /// As [`Keyring::seal`].
+    pub fn seal_text(&self, purpose: &[u8], plain: &str) -> Result<String> {
+        Ok(URL_SAFE_NO_PAD.encode(self.seal(purpose, plain.as_bytes())?))
+    }
+
+    /// Opens what [`Keyring::seal_text`] sealed for this purpose; nothing if it was not.
+    #[must_use]
+    pub fn open_text(&self, purpose: &[u8], sealed: &str) -> Option<String> {
+        String::from_utf8(self.open(purpose, &URL_SAFE_NO_PAD.decode(sealed).ok()?)?).ok()
     }
 
     fn parse(text: &str) -> std::result::Result<Self, String> {

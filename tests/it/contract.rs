@@ -2,11 +2,14 @@
 //!
 //! The table is complete by construction: a method that is added to the proto is called here without anybody's doing.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::BTreeSet,
+    sync::atomic::{AtomicU32, Ordering},
+};
 
 use bytes::{Buf as _, BufMut as _, Bytes};
 use keyward::{api::gate::METHODS, caller::Access, proto};
-use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, ReflectMessage as _, Value, prost::Message as _};
+use prost_reflect::{DescriptorPool, DynamicMessage, FieldDescriptor, MessageDescriptor, ReflectMessage as _, Value, prost::Message as _};
 use tonic::{
     Code, Status,
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
@@ -72,7 +75,7 @@ fn declared() -> Vec<(String, MessageDescriptor)> {
 fn every_method_is_in_the_table() {
     let declared: BTreeSet<String> = declared().into_iter().map(|(path, _)| path).collect();
     let listed: BTreeSet<String> =
-        METHODS.iter().filter(|method| method.access != Access::Public).map(|method| method.path.to_owned()).collect();
+        METHODS.iter().filter(|method| method.path.starts_with("/keyward.")).map(|method| method.path.to_owned()).collect();
     assert_eq!(declared, listed);
 }
 
@@ -108,23 +111,38 @@ fn every_element_has_a_comment() {
     }
 }
 
-/// What a call is about: a token, its secret and its workspace.
+/// What a call is about: a token, its secret, its principal and its workspace.
 struct Subject {
+    number: u32,
     id: String,
     secret: String,
-    workspace: &'static str,
+    principal: String,
+    workspace: String,
 }
 
 impl Subject {
     /// A token of its own for each call, since some calls end it.
-    async fn new(world: &World, workspace: &'static str) -> Self {
+    async fn new(world: &World, workspace: &str) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::SeqCst);
+        let principal = format!("subject{number}");
         let request = proto::CreateTokenRequest {
             workspace: workspace.to_owned(),
-            principal: "subject".to_owned(),
+            principal: principal.clone(),
             ..crate::world::new_token("subject", &[])
         };
         let created = world.root().await.create(request).await.expect("created");
-        Self { id: created.token.expect("a token").id, secret: created.secret, workspace }
+        Self { number, id: created.token.expect("a token").id, secret: created.secret, principal, workspace: workspace.to_owned() }
+    }
+
+    /// In a workspace of its own if the call may end that.
+    async fn of_call(world: &World, path: &str, workspace: &str) -> Self {
+        let mut subject = Self::new(world, workspace).await;
+        if path.contains("WorkspaceService") && workspace != "default" {
+            subject.workspace = format!("w{}", subject.number);
+            world.add_workspace(&subject.workspace, &subject.workspace).await;
+        }
+        subject
     }
 
     /// A good request of this type about this token.
@@ -135,21 +153,39 @@ impl Subject {
     fn message(&self, descriptor: MessageDescriptor) -> DynamicMessage {
         let mut message = DynamicMessage::new(descriptor.clone());
         for field in descriptor.fields() {
-            let value = match field.name() {
-                "id" => Value::String(self.id.clone()),
-                "workspace" => Value::String(self.workspace.to_owned()),
-                "principal" => Value::String("subject".to_owned()),
-                "display_name" => Value::String("a name".to_owned()),
-                "reason" => Value::String("a reason".to_owned()),
-                "token" if field.kind().as_message().is_some() => Value::Message(self.message(proto_message("keyward.v1.Token"))),
-                "token" => Value::String(self.secret.clone()),
-                "update_mask" => Value::Message(mask()),
-                "requests" => Value::List(vec![Value::Message(self.message(proto_message("keyward.v1.ValidateTokenRequest")))]),
-                _ => continue,
-            };
-            message.set_field(&field, value);
+            if let Some(value) = self.value(descriptor.name(), &field) {
+                message.set_field(&field, value);
+            }
         }
         message
+    }
+
+    fn value(&self, message: &str, field: &FieldDescriptor) -> Option<Value> {
+        let text = |text: &str| Some(Value::String(text.to_owned()));
+        let is_new = message == "CreateWorkspaceRequest";
+        match field.name() {
+            "id" if message.contains("Workspace") => text(&self.workspace),
+            "id" if message.contains("Principal") => text(&self.principal),
+            "id" => text(&self.id),
+            "workspace" if is_new => {
+                let mut workspace = self.message(proto_message("keyward.v1.Workspace"));
+                workspace.set_field_by_name("id", Value::String(format!("new{}", self.number)));
+                workspace.set_field_by_name("prefix", Value::String(format!("n{}", self.number)));
+                Some(Value::Message(workspace))
+            }
+            "workspace" | "principal" | "token" if field.kind().as_message().is_some() => {
+                Some(Value::Message(self.message(field.kind().as_message().expect("a message").clone())))
+            }
+            "workspace" => text(&self.workspace),
+            "principal" => text(&self.principal),
+            "display_name" => text("a name"),
+            "reason" => text("a reason"),
+            "session_id" if message == "EndSessionRequest" => text("a session"),
+            "token" => text(&self.secret),
+            "update_mask" => Some(Value::Message(mask())),
+            "requests" => Some(Value::List(vec![Value::Message(self.message(proto_message("keyward.v1.ValidateTokenRequest")))])),
+            _ => None,
+        }
     }
 }
 
@@ -182,6 +218,7 @@ fn opens(scopes: &[&str], access: Access) -> bool {
         Access::Public | Access::Known => true,
         Access::Own => holds("keyward:self"),
         Access::Admin => holds("keyward:admin"),
+        Access::Root => scopes.contains(&"keyward:root"),
         Access::Validate => holds("keyward:validate") || holds("keyward:validate-any"),
     }
 }
@@ -196,23 +233,29 @@ async fn role(world: &World, name: &str, scopes: Option<&[&str]>) -> Actor {
 }
 
 async fn every_method_is_closed_to_those_it_is_not_for(world: World) {
-    world.db_add_workspace("other", "ot").await;
+    world.relax().await;
+    world.add_workspace("other", "ot").await;
     println!("{:<58} {:<20} {:<18} {:<18}", "method", "role", "own workspace", "other workspace");
     for (path, input) in declared() {
         let access = METHODS.iter().find(|method| method.path == path).expect("in the table").access;
+        if access == Access::Public {
+            // Reports of leaked tokens have tests of their own.
+            assert_eq!(path, "/keyward.v1.SelfService/ReportLeakedTokens");
+            continue;
+        }
         for (name, scopes) in ROLES {
             let mut cells = Vec::new();
             for workspace in ["default", "other"] {
-                let subject = Subject::new(&world, workspace).await;
+                let subject = Subject::of_call(&world, &path, workspace).await;
                 let actor = role(&world, name, scopes).await;
-                let before = world.db_number("SELECT COUNT(*) FROM audit_event").await;
+                let before = world.db_number("SELECT COUNT(*) FROM audit_event WHERE code = 'OK'").await;
                 let outcome = call(&actor, &path, subject.request(input.clone())).await;
                 let expected = expected(&path, access, scopes, workspace);
                 let code = outcome.as_ref().err().map_or(Code::Ok, Status::code);
                 assert_eq!(code, expected, "{path} by {name} in {workspace}: {outcome:?}");
                 if let Err(status) = &outcome {
                     assert_eq!(status.get_details_error_info().expect("ErrorInfo").domain, "keyward");
-                    let after = world.db_number("SELECT COUNT(*) FROM audit_event").await;
+                    let after = world.db_number("SELECT COUNT(*) FROM audit_event WHERE code = 'OK'").await;
                     assert_eq!(before, after, "a refused call has no effect");
                 }
                 if let Ok(answer) = &outcome {
@@ -227,12 +270,20 @@ async fn every_method_is_closed_to_those_it_is_not_for(world: World) {
 
 fn expected(path: &str, access: Access, scopes: Option<&[&str]>, workspace: &str) -> Code {
     let Some(scopes) = scopes else { return Code::Unauthenticated };
-    // Methods about the caller and the data plane name no workspace: the latter answers with a verdict.
-    let about_a_workspace = path.contains("TokenService");
+    let is_root = scopes.contains(&"keyward:root");
+    let method = path.rsplit('/').next().unwrap_or_default();
+    // Methods about the caller and the data plane name no workspace (the latter answers with a verdict), and a list of workspaces has none.
+    let about_a_workspace = !path.contains("ValidationService")
+        && !matches!(method, "ListWorkspaces" | "CreateWorkspace")
+        && (!path.contains("SelfService") || method == "EndSession");
     if !opens(scopes, access) {
         Code::PermissionDenied
-    } else if about_a_workspace && workspace != "default" && !scopes.contains(&"keyward:root") {
+    } else if about_a_workspace && workspace != "default" && !is_root {
         Code::NotFound
+    } else if method == "EndSession" && !opens(scopes, Access::Own) {
+        Code::PermissionDenied
+    } else if matches!(method, "SuspendWorkspace" | "DeleteWorkspace") && workspace == "default" {
+        Code::FailedPrecondition
     } else {
         Code::Ok
     }
@@ -253,7 +304,7 @@ fn check_verdicts(path: &str, answer: &Bytes, scopes: &[&str], workspace: &str) 
 async fn strangers_learn_nothing_from_their_arguments(world: World) {
     let subject = Subject::new(&world, "default").await;
     let stranger = world.stranger().await;
-    for (path, input) in declared() {
+    for (path, input) in declared().into_iter().filter(|(path, _)| !path.ends_with("/ReportLeakedTokens")) {
         let garbage = Bytes::from_static(b"\xff\xff\xff");
         let mut answers = Vec::new();
         for message in [subject.request(input), Bytes::new(), garbage, Bytes::from(vec![0; 2 << 20])] {

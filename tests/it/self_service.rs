@@ -84,7 +84,7 @@ async fn whoever_holds_a_token_may_end_it(world: World) {
     let token = holder.own().revoke_self(holder.request(request)).await.expect("done").into_inner().token.expect("a token");
     assert_eq!((token.state(), token.revoke_reason.as_str()), (proto::TokenState::Revoked, "laptop stolen"));
     assert_eq!(validator.verdict(&secret).await, Verdict::Revoked);
-    let root = world.root().await;
+    let root = world.actor("root", &["keyward:root"]).await;
     root.own().revoke_self(root.request(proto::RevokeSelfRequest::default())).await.expect("also of a root token");
 }
 

@@ -183,6 +183,7 @@ async fn every_wrong_field_is_named(world: World) {
 }
 
 async fn lifetimes_are_said_in_four_ways(world: World) {
+    world.relax().await;
     let admin = world.admin().await;
     let day = i64::try_from(DAY.as_secs()).unwrap();
     let ends = async |kind: proto::TokenKind, lifetime: Option<Lifetime>| {
@@ -208,7 +209,7 @@ async fn lifetimes_are_said_in_four_ways(world: World) {
         (temporary, ttl(day + 1)),
         (temporary, Some(Lifetime::Never(true))),
     ] {
-        let status = ends(kind, lifetime).await.expect_err("refused");
+        let status = ends(kind, lifetime.clone()).await.expect_err("refused");
         assert_eq!(status.code(), Code::InvalidArgument, "{kind:?} {lifetime:?}");
     }
 }
@@ -255,6 +256,7 @@ async fn concurrent_calls_with_one_request_id_create_one_token(world: World) {
 }
 
 async fn lists_page_through_every_token_once(world: World) {
+    world.relax().await;
     let admin = world.admin().await;
     let mut expected: Vec<String> = Vec::new();
     for number in 0..25 {
@@ -361,6 +363,7 @@ async fn lists_filter_by_every_field(world: World) {
 }
 
 async fn lists_sort_both_ways(world: World) {
+    world.relax().await;
     let admin = world.admin().await;
     for (name, hours) in [("b", 2), ("C", 3), ("a", 1), ("ä", 4)] {
         let lifetime = Some(Lifetime::Ttl(WireDuration { seconds: hours * 3600, nanos: 0 }));
@@ -404,12 +407,13 @@ async fn page_tokens_are_bound_to_their_arguments(world: World) {
         let status = admin.list(proto::ListTokensRequest { page_token, ..Default::default() }).await.expect_err("forged");
         assert_eq!(fields(&status), ["page_token"]);
     }
-    world.db_add_workspace("other", "ot").await;
+    world.add_workspace("other", "ot").await;
     let stranger = world.actor_in("other", "admin", &["keyward:admin"]).await;
     assert_eq!(fields(&stranger.list(with(proto::ListTokensRequest::default())).await.expect_err("another workspace")), ["page_token"]);
 }
 
 async fn an_update_changes_what_the_mask_names_and_nothing_else(world: World) {
+    world.relax().await;
     let (admin, validator) = (world.admin().await, world.validator().await);
     let (token, secret) = admin.issue("before", &["a:b"]).await;
     world.advance(Duration::from_secs(1));
@@ -678,7 +682,7 @@ async fn nobody_grants_what_they_do_not_hold(world: World) {
 }
 
 async fn tokens_of_another_workspace_are_not_found(world: World) {
-    world.db_add_workspace("other", "ot").await;
+    world.add_workspace("other", "ot").await;
     let (ours, theirs) = (world.admin().await, world.actor_in("other", "admin", &["keyward:admin"]).await);
     let (token, secret) = theirs.issue("theirs", &[]).await;
     assert!(secret.starts_with("ot_"), "the brand of the workspace");

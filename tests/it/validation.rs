@@ -108,7 +108,7 @@ async fn a_token_dies_at_the_instant_it_expires(world: World) {
 
 async fn an_unknown_token_says_nothing_else(world: World) {
     let validator = world.validator().await;
-    world.db_add_workspace("other", "ot").await;
+    world.add_workspace("other", "ot").await;
     let foreign = world.actor_in("other", "p", &[]).await.token.expect("a token");
     let (deleted, gone) = world.admin().await.issue("t", &[]).await;
     world.admin().await.delete(&deleted.id).await.expect("done");
@@ -295,7 +295,7 @@ async fn overload_is_refused_at_once(mut world: World) {
 }
 
 async fn the_reach_of_a_validator_is_its_workspace(world: World) {
-    world.db_add_workspace("other", "ot").await;
+    world.add_workspace("other", "ot").await;
     let theirs = world.actor_in("other", "p", &["a:b"]).await.token.expect("a token");
     let ours = world.actor("p", &["a:b"]).await.token.expect("a token");
     for (scope, own, foreign) in [
@@ -581,7 +581,8 @@ fn ten_million_invented_tokens_cost_no_query() {
                         letters.fill(&mut text[4..42]);
                         check(text);
                     }
-                    let questions: Vec<_> = texts.iter().map(|text| Question { text, need: Need::default(), peek: false }).collect();
+                    let questions: Vec<_> =
+                        texts.iter().map(|text| Question { text, need: Need::default(), http: None, peek: false }).collect();
                     let now = keyward::ambient::Time::from_micros(0);
                     let answers = runtime.block_on(validator.validate_batch(&questions, now)).expect("answers");
                     assert!(answers.iter().all(|answer| answer.verdict == keyward::grant::Verdict::Unknown));
@@ -591,7 +592,7 @@ fn ten_million_invented_tokens_cost_no_query() {
     });
     assert_eq!(queries.load(Ordering::Relaxed), 0);
     assert!(cache.is_empty());
-    let own = Question { text: issued.secret.reveal().as_bytes(), need: Need::default(), peek: false };
+    let own = Question { text: issued.secret.reveal().as_bytes(), need: Need::default(), http: None, peek: false };
     let answer = runtime.block_on(validator.validate(own, keyward::ambient::Time::from_micros(0))).expect("an answer");
     assert_eq!(answer.verdict, keyward::grant::Verdict::Unknown, "made with the key, but never stored");
     assert_eq!(queries.load(Ordering::Relaxed), 1, "a token that proves itself is looked up");

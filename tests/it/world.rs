@@ -19,8 +19,9 @@ use keyward::{
     api::gate::Limits,
     config::{Config, Sources},
     proto::{
-        self, self_service_client::SelfServiceClient, token_service_client::TokenServiceClient,
-        validation_service_client::ValidationServiceClient,
+        self, audit_service_client::AuditServiceClient, principal_service_client::PrincipalServiceClient,
+        self_service_client::SelfServiceClient, token_service_client::TokenServiceClient,
+        validation_service_client::ValidationServiceClient, workspace_service_client::WorkspaceServiceClient,
     },
     server::Server,
     token::Secret,
@@ -299,9 +300,36 @@ impl World {
         row.expect("a row").try_get_by_index(0).expect("bytes")
     }
 
-    /// Adds a workspace, past the server: there is no method for it yet.
-    pub async fn db_add_workspace(&self, id: &str, prefix: &str) {
-        self.db_execute(&format!("INSERT INTO workspace VALUES ('{id}', '{id}', '{prefix}', false, 0, 0, 1)")).await;
+    /// Adds a workspace with a policy that allows everything.
+    pub async fn add_workspace(&self, id: &str, prefix: &str) -> proto::Workspace {
+        let workspace = proto::Workspace {
+            id: id.to_owned(),
+            display_name: id.to_owned(),
+            prefix: prefix.to_owned(),
+            policy: Some(lax_policy()),
+            ..Default::default()
+        };
+        let root = self.root().await;
+        let message = proto::CreateWorkspaceRequest { workspace: Some(workspace) };
+        let response = root.workspaces().create_workspace(root.request(message)).await.expect("created").into_inner();
+        response.workspace.expect("a workspace")
+    }
+
+    /// Makes the policy of workspace `default` one that allows everything: more tokens than a principal usually has, and for ever.
+    pub async fn relax(&self) {
+        let root = self.root().await;
+        let workspace = proto::Workspace { id: "default".to_owned(), policy: Some(lax_policy()), ..Default::default() };
+        root.update_workspace(workspace, &["policy"]).await.expect("changed");
+    }
+}
+
+/// A policy that allows everything that can be allowed.
+pub fn lax_policy() -> proto::Policy {
+    proto::Policy {
+        max_permanent_ttl: Some(prost_types::Duration { seconds: 100 * 365 * 86_400, nanos: 0 }),
+        allow_never: true,
+        max_tokens_per_principal: 1_000_000,
+        ..Default::default()
     }
 }
 
@@ -332,6 +360,25 @@ impl Actor {
 
     pub fn tokens(&self) -> TokenServiceClient<Channel> {
         TokenServiceClient::new(self.channel.clone())
+    }
+
+    pub fn workspaces(&self) -> WorkspaceServiceClient<Channel> {
+        WorkspaceServiceClient::new(self.channel.clone())
+    }
+
+    pub fn principals(&self) -> PrincipalServiceClient<Channel> {
+        PrincipalServiceClient::new(self.channel.clone())
+    }
+
+    pub fn audit(&self) -> AuditServiceClient<Channel> {
+        AuditServiceClient::new(self.channel.clone())
+    }
+
+    pub async fn update_workspace(&self, workspace: proto::Workspace, paths: &[&str]) -> Result<proto::Workspace, Status> {
+        let paths = paths.iter().map(|path| (*path).to_owned()).collect();
+        let message = proto::UpdateWorkspaceRequest { workspace: Some(workspace), update_mask: Some(prost_types::FieldMask { paths }) };
+        let response = self.workspaces().update_workspace(self.request(message)).await?;
+        Ok(response.into_inner().workspace.expect("a workspace"))
     }
 
     pub fn own(&self) -> SelfServiceClient<Channel> {

@@ -1,0 +1,172 @@
+//! Many tokens ended at once: those of a principal, of a session, and those that leaked.
+//!
+//! Invariant: a report of leaked tokens is answered alike, and after the same time, whatever the texts are (test
+//! `a_report_does_not_tell_a_live_token_from_any_other_text`).
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use super::{Issuer, end, end_watch, event, watch_root};
+use crate::{
+    ambient::{self, Stopwatch, Time},
+    caller::Caller,
+    error::{Error, Result, Violations},
+    grant::{State, Token},
+    rules,
+    store::Tx,
+    token::{Digest, TokenId},
+};
+
+const REPORTED_MAX: usize = 100;
+const REPORTED_CHARS_MAX: usize = 256;
+/// A report is answered after this time: longer than a change takes, so that nobody sees whether there was one.
+const REPORT_TIME: Duration = Duration::from_millis(500);
+
+/// Who ends tokens, by which method, and why.
+#[derive(Clone, Copy)]
+pub(crate) struct Ending<'a> {
+    pub(crate) method: &'static str,
+    pub(crate) actor: Option<&'a Caller>,
+    pub(crate) reason: &'a str,
+}
+
+/// Ends tokens that were read as live, with an audit row for each.
+pub(crate) async fn end_all(tx: &mut Tx<'_>, live: &[(Token, Vec<Digest>)], ending: Ending<'_>, now: Time) -> Result<()> {
+    let Ending { method, actor, reason } = ending;
+    let digests: Vec<Digest> = live.iter().flat_map(|(_, digests)| digests).copied().collect();
+    let ids: Vec<TokenId> = live.iter().map(|(token, _)| token.id).collect();
+    tx.revoke_tokens(&ids, reason, &digests, now).await?;
+    tx.audit(live.iter().map(|(token, _)| {
+        let mut ended = token.clone();
+        end(&mut ended, reason, now);
+        ended.version += 1;
+        event(method, actor, token, reason, Some(token), Some(&ended), now)
+    }))
+    .await
+}
+
+impl Issuer {
+    /// Ends every live token of a principal, and says how many.
+    ///
+    /// # Errors
+    /// `Invalid`, `Denied` (one of them holds more than the caller), `NotFound` (the workspace), `Precondition` (the last root token), `Unavailable`,
+    /// `Overloaded`: then none is ended.
+    pub async fn revoke_principal(
+        self: &Arc<Self>,
+        caller: Caller,
+        workspace: &str,
+        principal: &str,
+        reason: &str,
+        now: Time,
+    ) -> Result<usize> {
+        let workspace = caller.workspace(workspace)?.to_owned();
+        let mut violations = Violations::default();
+        violations.take("principal", rules::principal(principal));
+        let reason = violations.take("reason", rules::reason(reason)).unwrap_or_default();
+        violations.finish()?;
+        let (issuer, principal) = (Arc::clone(self), principal.to_owned());
+        self.fence
+            .run(async move {
+                let mut tx = issuer.store.begin_change().await?;
+                tx.workspace(&workspace).await?.ok_or(Error::NotFound("workspace"))?;
+                let live = tx.live_tokens(&workspace, &principal, now).await?;
+                for (token, _) in &live {
+                    caller.outranks(&token.scopes)?;
+                }
+                let watch = watch_root(&tx, live.iter().map(|(token, _)| token), now).await?;
+                let ending = Ending { method: "RevokePrincipalTokens", actor: Some(&caller), reason: &reason };
+                end_all(&mut tx, &live, ending, now).await?;
+                end_watch(watch, &tx, now).await?;
+                issuer.fence.conclude(tx, now).await?;
+                Ok(live.len())
+            })
+            .await
+    }
+
+    /// Ends every live token of a login session, and says how many: an administrator those of everybody, anybody else those of their own principal.
+    ///
+    /// # Errors
+    /// `Invalid`, `Denied`, `NotFound` (the workspace), `Precondition` (no session is named, and the caller is bound to none), `Unavailable`, `Overloaded`.
+    pub async fn end_session(self: &Arc<Self>, caller: Caller, workspace: &str, session_id: &str, now: Time) -> Result<usize> {
+        let workspace = caller.workspace(workspace)?.to_owned();
+        rules::session(session_id).map_err(|rule| Error::invalid("session_id", rule))?;
+        let own = if caller.token_id.is_some() { self.presented(&caller).await?.session_id } else { String::new() };
+        let session_id = if session_id.is_empty() { own.clone() } else { session_id.to_owned() };
+        if session_id.is_empty() {
+            return Err(Error::precondition("the caller is not bound to a session: name one in session_id"));
+        }
+        let is_own = session_id == own && *workspace == *caller.workspace;
+        if !is_own && !caller.manages_itself() {
+            let rule = "another session than that of the presented token needs keyward:self, keyward:admin or keyward:root";
+            return Err(Error::Denied(rule.to_owned()));
+        }
+        let issuer = Arc::clone(self);
+        self.fence
+            .run(async move {
+                let mut tx = issuer.store.begin_change().await?;
+                tx.workspace(&workspace).await?.ok_or(Error::NotFound("workspace"))?;
+                let principal = Some(&*caller.principal).filter(|_| !caller.is_admin());
+                let live = tx.live_session(&workspace, &session_id, principal, now).await?;
+                for (token, _) in live.iter().filter(|_| !is_own) {
+                    caller.outranks(&token.scopes)?;
+                }
+                let watch = watch_root(&tx, live.iter().map(|(token, _)| token), now).await?;
+                let ending = Ending { method: "EndSession", actor: Some(&caller), reason: "SESSION_ENDED" };
+                end_all(&mut tx, &live, ending, now).await?;
+                end_watch(watch, &tx, now).await?;
+                issuer.fence.conclude(tx, now).await?;
+                Ok(live.len())
+            })
+            .await
+    }
+
+    /// Ends the tokens that are among these texts. The answer does not say whether there were any.
+    ///
+    /// # Errors
+    /// `Invalid`, `Unavailable`, `Overloaded`.
+    pub async fn report_leaked(self: &Arc<Self>, texts: &[String], address: Option<IpAddr>, now: Time) -> Result<()> {
+        check_report(texts)?;
+        let watch = Stopwatch::start();
+        let mut digests: Vec<Digest> = texts.iter().filter_map(|text| self.keyring.prove(text.trim().as_bytes())).collect();
+        digests.sort_unstable_by_key(|digest| *digest.as_bytes());
+        digests.dedup();
+        let issuer = Arc::clone(self);
+        let ended = self.fence.run(async move { issuer.end_leaked(digests, address, now).await }).await;
+        tokio::time::sleep(REPORT_TIME.saturating_sub(watch.elapsed())).await;
+        ended
+    }
+
+    async fn end_leaked(self: &Arc<Self>, mut digests: Vec<Digest>, address: Option<IpAddr>, now: Time) -> Result<()> {
+        if digests.is_empty() {
+            // The store is asked in any case, so that an outage looks the same whatever was reported.
+            digests.extend(Digest::from_slice(&ambient::random::<24>()?));
+        }
+        if self.store.facts(&digests).await?.iter().all(|(_, grant)| grant.state == State::Revoked) {
+            return Ok(());
+        }
+        let reporter = Caller::nobody(address);
+        let ending = Ending { method: "ReportLeakedTokens", actor: Some(&reporter), reason: "LEAKED" };
+        let mut tx = self.store.begin_change().await?;
+        for digest in &digests {
+            let Some((token, known, is_present)) = tx.token_of_digest(digest).await? else { continue };
+            if !is_present {
+                // Whoever regenerated the token may have done so because of the leak: the new secret stays.
+                tx.end_grace(token.id, &known).await?;
+                tx.audit([event(ending.method, ending.actor, &token, ending.reason, Some(&token), Some(&token), now)]).await?;
+            } else if token.state != State::Revoked {
+                end_all(&mut tx, &[(token, known)], ending, now).await?;
+            }
+        }
+        self.fence.conclude(tx, now).await
+    }
+}
+
+fn check_report(texts: &[String]) -> Result<()> {
+    let mut violations = Violations::default();
+    if !(1..=REPORTED_MAX).contains(&texts.len()) {
+        violations.add("tokens", format!("must hold 1 to {REPORTED_MAX} entries; it has {}", texts.len()));
+    }
+    for (index, _) in texts.iter().enumerate().filter(|(_, text)| text.len() > REPORTED_CHARS_MAX).take(REPORTED_MAX) {
+        violations.add(format!("tokens[{index}]"), format!("must be at most {REPORTED_CHARS_MAX} characters"));
+    }
+    violations.finish()
+}

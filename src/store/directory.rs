@@ -1,0 +1,399 @@
+//! Workspaces and principals: reading and changing them.
+
+use std::time::Duration;
+
+use sea_orm::{
+    ActiveModelTrait as _,
+    ActiveValue::Set,
+    ColumnTrait as _, ConnectionTrait as _, EntityTrait as _, ExprTrait as _, IntoActiveModel as _, QueryFilter as _, QueryOrder as _,
+    QuerySelect as _, Statement,
+    sea_query::{Condition, Expr, Func, LikeExpr, LockType, OnConflict},
+};
+use serde_json::{Value, json};
+
+use super::{
+    Store, Tx, damaged,
+    entity::{principal, workspace},
+    translate,
+};
+use crate::{
+    ambient::Time,
+    error::Result,
+    grant::{Kind, Subject},
+    scope::{Operation, Resource},
+    workspace::{Policy, Principal, PrincipalKind, Role, Workspace},
+};
+
+impl Store {
+    /// One workspace, if it was not deleted.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Overloaded`.
+    pub async fn workspace(&self, id: &str) -> Result<Option<Workspace>> {
+        let row = self.reading("workspace", standing_workspace(id).one(&self.reader)).await?;
+        row.map(workspace_of).transpose()
+    }
+
+    /// What can be reached with the tokens of a workspace; nothing if it was deleted. For judging tokens.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Overloaded`.
+    pub async fn resources(&self, workspace: &str) -> Result<Vec<Resource>> {
+        let row = self.reading_facts(standing_workspace(workspace).one(&self.reader)).await?;
+        row.map_or(Ok(Vec::new()), |row| resources_of(&row.resources))
+    }
+
+    /// A page of workspaces by id, at most `limit`, those after the given one if there is one.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Overloaded`.
+    pub async fn workspaces(&self, after: Option<&str>, limit: u64) -> Result<Vec<Workspace>> {
+        let condition =
+            Condition::all().add(workspace::Column::DeleteTime.is_null()).add_option(after.map(|id| workspace::Column::Id.gt(id)));
+        let query = workspace::Entity::find().filter(condition).order_by_asc(workspace::Column::Id).limit(limit);
+        let rows = self.reading("workspaces", query.all(&self.reader)).await?;
+        rows.into_iter().map(workspace_of).collect()
+    }
+
+    /// One principal.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Overloaded`.
+    pub async fn principal(&self, workspace: &str, id: &str) -> Result<Option<Principal>> {
+        let query = principal::Entity::find_by_id((workspace.to_owned(), id.to_owned()));
+        let row = self.reading("principal", query.one(&self.reader)).await?;
+        row.map(principal_of).transpose()
+    }
+
+    /// A page of principals by id, at most `limit`, those after the given one if there is one; with this text in id, name or mail address.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Overloaded`.
+    pub async fn principals(&self, workspace: &str, query: Option<&str>, after: Option<&str>, limit: u64) -> Result<Vec<Principal>> {
+        let condition = Condition::all()
+            .add(principal::Column::Workspace.eq(workspace))
+            .add_option(after.map(|id| principal::Column::Id.gt(id)))
+            .add_option(query.map(|text| {
+                [principal::Column::Id, principal::Column::DisplayName, principal::Column::Email]
+                    .into_iter()
+                    .fold(Condition::any(), |any, column| any.add(holds(column.into_expr(), text)))
+            }));
+        let query = principal::Entity::find().filter(condition).order_by_asc(principal::Column::Id).limit(limit);
+        let rows = self.reading("principals", query.all(&self.reader)).await?;
+        rows.into_iter().map(principal_of).collect()
+    }
+
+    /// Whether a principal or its workspace is suspended or gone, and whether it has the role of an administrator. A principal that was never heard of is
+    /// neither.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Overloaded`.
+    pub async fn standing(&self, workspace: &str, principal: &str) -> Result<(bool, bool)> {
+        let sql = "SELECT w.suspended OR COALESCE(p.suspended, FALSE), COALESCE(p.role, 1) = 2 FROM workspace w \
+                   LEFT JOIN principal p ON p.workspace = w.id AND p.id = $2 WHERE w.id = $1 AND w.delete_time IS NULL";
+        let statement = Statement::from_sql_and_values(self.backend(), sql, [workspace.into(), principal.into()]);
+        match self.reading_facts(self.reader.query_one_raw(statement)).await? {
+            None => Ok((true, false)),
+            Some(row) => Ok((row.try_get_by_index(0).map_err(translate)?, row.try_get_by_index(1).map_err(translate)?)),
+        }
+    }
+
+    /// A workspace that was deleted before this instant, if there is one.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Overloaded`.
+    pub async fn deleted_workspace(&self, before: Time) -> Result<Option<String>> {
+        let query = workspace::Entity::find().filter(workspace::Column::DeleteTime.lte(before.micros()));
+        let query = query.order_by_asc(workspace::Column::DeleteTime).limit(1);
+        Ok(self.reading("workspaces", query.one(&self.reader)).await?.map(|row| row.id))
+    }
+}
+
+impl Tx<'_> {
+    /// One workspace, if it was not deleted.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn workspace(&self, id: &str) -> Result<Option<Workspace>> {
+        let row = self.bounded(standing_workspace(id).one(self.inner())).await?;
+        row.map(workspace_of).transpose()
+    }
+
+    /// Adds a workspace; says whether its id was free.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn insert_workspace(&self, workspace: &Workspace) -> Result<bool> {
+        let insert = workspace::Entity::insert(row_of_workspace(workspace).into_active_model());
+        let insert = insert.on_conflict(OnConflict::column(workspace::Column::Id).do_nothing().to_owned());
+        self.bounded(insert.exec_without_returning(self.inner())).await.map(|rows| rows == 1)
+    }
+
+    /// Keeps a prefix for a workspace; says whether it was free or its own.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn claim_prefix(&self, prefix: &str, workspace: &str) -> Result<bool> {
+        let insert = "INSERT INTO prefix (prefix, workspace) VALUES ($1, $2) ON CONFLICT (prefix) DO NOTHING";
+        self.execute(insert, vec![prefix.into(), workspace.into()]).await?;
+        let row =
+            self.query_one("SELECT 1 FROM prefix WHERE prefix = $1 AND workspace = $2", vec![prefix.into(), workspace.into()]).await?;
+        Ok(row.is_some())
+    }
+
+    /// Writes what may change of a workspace.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn update_workspace(&mut self, workspace: &Workspace) -> Result<()> {
+        self.touch([Subject::Workspace(workspace.id.clone())]);
+        let row = row_of_workspace(workspace);
+        let mut changed = row.clone().into_active_model().reset_all();
+        changed.id = sea_orm::ActiveValue::Unchanged(row.id);
+        changed.create_time = sea_orm::ActiveValue::NotSet;
+        changed.delete_time = sea_orm::ActiveValue::NotSet;
+        self.bounded(workspace::Entity::update(changed).exec(self.inner())).await.map(drop)
+    }
+
+    /// Takes a workspace and all that is in it out of every list and look-up. The rows stay until they are purged.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn delete_workspace(&mut self, id: &str, now: Time) -> Result<()> {
+        self.touch([Subject::Workspace(id.to_owned())]);
+        self.execute("UPDATE workspace SET delete_time = $1 WHERE id = $2", vec![now.micros().into(), id.into()]).await.map(drop)
+    }
+
+    /// Removes a deleted workspace whose tokens are gone, with its principals and its prefixes; of very many principals, some of them. Says whether it is gone.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn purge_workspace(&self, id: &str, rows_max: u64) -> Result<bool> {
+        let rows_max = i64::try_from(rows_max).unwrap_or(i64::MAX);
+        let some = "DELETE FROM principal WHERE workspace = $1 AND id IN (SELECT id FROM principal WHERE workspace = $1 LIMIT $2)";
+        if self.execute(some, vec![id.into(), rows_max.into()]).await? == u64::try_from(rows_max).unwrap_or(u64::MAX) {
+            return Ok(false);
+        }
+        self.execute("DELETE FROM prefix WHERE workspace = $1", vec![id.into()]).await?;
+        self.execute("DELETE FROM workspace WHERE id = $1 AND delete_time IS NOT NULL", vec![id.into()]).await?;
+        Ok(true)
+    }
+
+    /// One principal, which nobody else changes, and for which nobody else creates a token, until this transaction ends.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn principal(&self, workspace: &str, id: &str) -> Result<Option<Principal>> {
+        let query = principal::Entity::find_by_id((workspace.to_owned(), id.to_owned())).lock(LockType::Update);
+        let row = self.bounded(query.one(self.inner())).await?;
+        row.map(principal_of).transpose()
+    }
+
+    /// Takes up a principal; says whether it was not there.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn insert_principal(&self, principal: &Principal) -> Result<bool> {
+        let key = [principal::Column::Workspace, principal::Column::Id];
+        let insert = principal::Entity::insert(row_of_principal(principal).into_active_model());
+        let insert = insert.on_conflict(OnConflict::columns(key).do_nothing().to_owned());
+        self.bounded(insert.exec_without_returning(self.inner())).await.map(|rows| rows == 1)
+    }
+
+    /// Writes what may change of a principal.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn update_principal(&mut self, principal: &Principal) -> Result<()> {
+        self.touch([subject(principal)]);
+        let changed = principal::ActiveModel {
+            workspace: sea_orm::ActiveValue::Unchanged(principal.workspace.clone()),
+            id: sea_orm::ActiveValue::Unchanged(principal.id.clone()),
+            kind: Set(kind_number(principal.kind)),
+            display_name: Set(principal.display_name.clone()),
+            suspended: Set(principal.suspended),
+            update_time: Set(principal.update_time.micros()),
+            version: Set(principal.version),
+            email: Set(principal.email.clone()),
+            role: Set(role_number(principal.role)),
+            ..Default::default()
+        };
+        self.bounded(principal::Entity::update(changed).exec(self.inner())).await.map(drop)
+    }
+
+    /// Forgets a principal.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn delete_principal(&mut self, principal: &Principal) -> Result<()> {
+        self.touch([subject(principal)]);
+        let sql = "DELETE FROM principal WHERE workspace = $1 AND id = $2";
+        self.execute(sql, vec![principal.workspace.clone().into(), principal.id.clone().into()]).await.map(drop)
+    }
+
+    /// How many live tokens of a kind a principal has, counted up to `count_max`.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn live_token_count(&self, workspace: &str, principal: &str, kind: Kind, count_max: u32, now: Time) -> Result<i64> {
+        let sql = "SELECT COUNT(*) FROM (SELECT 1 FROM token WHERE workspace = $1 AND principal = $2 AND kind = $3 AND expire_time > $4 \
+                   AND delete_time IS NULL AND state <> 3 LIMIT $5) AS live";
+        let kind = super::entity::kind_number(kind);
+        let values = vec![workspace.into(), principal.into(), kind.into(), now.micros().into(), i64::from(count_max).into()];
+        let row = self.query_one(sql, values).await?;
+        row.map_or(Ok(0), |row| row.try_get_by_index(0).map_err(translate))
+    }
+
+    /// Whether any token with `keyward:root` works, as things stand in this transaction.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn a_root_token_works(&self, now: Time) -> Result<bool> {
+        let sql = "SELECT 1 FROM token t JOIN workspace w ON w.id = t.workspace \
+                   LEFT JOIN principal p ON p.workspace = t.workspace AND p.id = t.principal \
+                   WHERE t.is_root AND t.delete_time IS NULL AND t.state = 1 AND t.expire_time > $1 \
+                   AND w.delete_time IS NULL AND NOT w.suspended AND NOT COALESCE(p.suspended, FALSE) LIMIT 1";
+        Ok(self.query_one(sql, vec![now.micros().into()]).await?.is_some())
+    }
+}
+
+fn subject(principal: &Principal) -> Subject {
+    Subject::Principal { workspace: principal.workspace.clone(), id: principal.id.clone() }
+}
+
+fn standing_workspace(id: &str) -> sea_orm::Select<workspace::Entity> {
+    workspace::Entity::find_by_id(id.to_owned()).filter(workspace::Column::DeleteTime.is_null())
+}
+
+/// Whether a column holds a text, whatever its case in ASCII letters.
+pub(super) fn holds(column: Expr, text: &str) -> Expr {
+    let literal = text.to_ascii_lowercase().replace('\\', r"\\").replace('%', r"\%").replace('_', r"\_");
+    Expr::expr(Func::lower(column)).like(LikeExpr::new(format!("%{literal}%")).escape('\\'))
+}
+
+fn seconds(span: Duration) -> i64 {
+    i64::try_from(span.as_secs()).unwrap_or(i64::MAX)
+}
+
+fn span(seconds: i64) -> Result<Duration> {
+    u64::try_from(seconds).map(Duration::from_secs).map_err(|_| damaged("workspace.…_ttl_seconds"))
+}
+
+fn workspace_of(row: workspace::Model) -> Result<Workspace> {
+    Ok(Workspace {
+        prefix: row.prefix.parse().map_err(|_| damaged("workspace.prefix"))?,
+        policy: Policy {
+            default_ttl: span(row.default_ttl_seconds)?,
+            max_permanent_ttl: span(row.max_permanent_ttl_seconds)?,
+            max_temporary_ttl: span(row.max_temporary_ttl_seconds)?,
+            allow_never: row.allow_never,
+            permanent_requires_admin: row.permanent_requires_admin,
+            principals_on_first_use: row.principals_on_first_use,
+            max_tokens_per_principal: u32::try_from(row.max_tokens_per_principal)
+                .map_err(|_| damaged("workspace.max_tokens_per_principal"))?,
+        },
+        resources: resources_of(&row.resources)?,
+        id: row.id,
+        display_name: row.display_name,
+        suspended: row.suspended,
+        create_time: Time::from_micros(row.create_time),
+        update_time: Time::from_micros(row.update_time),
+        version: row.version,
+    })
+}
+
+fn row_of_workspace(workspace: &Workspace) -> workspace::Model {
+    workspace::Model {
+        id: workspace.id.clone(),
+        display_name: workspace.display_name.clone(),
+        prefix: workspace.prefix.as_str().to_owned(),
+        suspended: workspace.suspended,
+        create_time: workspace.create_time.micros(),
+        update_time: workspace.update_time.micros(),
+        version: workspace.version,
+        default_ttl_seconds: seconds(workspace.policy.default_ttl),
+        max_permanent_ttl_seconds: seconds(workspace.policy.max_permanent_ttl),
+        max_temporary_ttl_seconds: seconds(workspace.policy.max_temporary_ttl),
+        allow_never: workspace.policy.allow_never,
+        permanent_requires_admin: workspace.policy.permanent_requires_admin,
+        principals_on_first_use: workspace.policy.principals_on_first_use,
+        max_tokens_per_principal: workspace.policy.max_tokens_per_principal.into(),
+        resources: resources_text(&workspace.resources),
+        delete_time: None,
+    }
+}
+
+fn resources_text(resources: &[Resource]) -> String {
+    let operation = |operation: &Operation| json!([operation.operation, operation.method, operation.path]);
+    let resource =
+        |resource: &Resource| json!([resource.resource, resource.endpoint, resource.operations.iter().map(operation).collect::<Vec<_>>()]);
+    Value::from(resources.iter().map(resource).collect::<Vec<_>>()).to_string()
+}
+
+fn resources_of(text: &str) -> Result<Vec<Resource>> {
+    type Row = (String, String, Vec<(String, String, String)>);
+    let rows: Vec<Row> = serde_json::from_str(text).map_err(|_| damaged("workspace.resources"))?;
+    let operation = |(operation, method, path)| Operation { operation, method, path };
+    let resource = |(resource, endpoint, operations): Row| Resource {
+        resource,
+        endpoint,
+        operations: operations.into_iter().map(operation).collect(),
+    };
+    Ok(rows.into_iter().map(resource).collect())
+}
+
+fn principal_of(row: principal::Model) -> Result<Principal> {
+    Ok(Principal {
+        kind: match row.kind {
+            1 => PrincipalKind::User,
+            2 => PrincipalKind::Service,
+            _ => return Err(damaged("principal.kind")),
+        },
+        role: role_of(row.role)?,
+        workspace: row.workspace,
+        id: row.id,
+        display_name: row.display_name,
+        email: row.email,
+        suspended: row.suspended,
+        create_time: Time::from_micros(row.create_time),
+        update_time: Time::from_micros(row.update_time),
+        version: row.version,
+    })
+}
+
+fn row_of_principal(principal: &Principal) -> principal::Model {
+    principal::Model {
+        workspace: principal.workspace.clone(),
+        id: principal.id.clone(),
+        kind: kind_number(principal.kind),
+        display_name: principal.display_name.clone(),
+        suspended: principal.suspended,
+        create_time: principal.create_time.micros(),
+        update_time: principal.update_time.micros(),
+        version: principal.version,
+        email: principal.email.clone(),
+        role: role_number(principal.role),
+    }
+}
+
+fn kind_number(kind: PrincipalKind) -> i16 {
+    match kind {
+        PrincipalKind::User => 1,
+        PrincipalKind::Service => 2,
+    }
+}
+
+fn role_number(role: Role) -> i16 {
+    match role {
+        Role::Member => 1,
+        Role::Admin => 2,
+    }
+}
+
+pub(super) fn role_of(number: i16) -> Result<Role> {
+    match number {
+        1 => Ok(Role::Member),
+        2 => Ok(Role::Admin),
+        _ => Err(damaged("principal.role")),
+    }
+}
