@@ -141,7 +141,7 @@ impl Directory {
         let directory = Arc::clone(self);
         self.fence
             .run(async move {
-                let tx = directory.store.begin_change().await?;
+                let mut tx = directory.store.begin_change().await?;
                 if !tx.insert_workspace(&workspace).await? {
                     return Err(Error::Exists("workspace with this id"));
                 }

@@ -136,7 +136,7 @@ impl Issuer {
     /// # Errors
     /// `Unavailable`, and whatever `keep` fails with.
     pub async fn bootstrap(&self, now: Time, keep: impl FnOnce(&Secret) -> Result<()>) -> Result<()> {
-        let tx = self.store.begin_change().await?;
+        let mut tx = self.store.begin_change().await?;
         if !tx.is_empty().await? {
             return Ok(());
         }
@@ -259,7 +259,7 @@ impl Issuer {
             Err(error) if !request.is_named() => return Err(error),
             drafted => drafted,
         };
-        let tx = self.store.begin_creation().await?;
+        let mut tx = self.store.begin_creation().await?;
         // First what was answered: what it asked for may have been possible then and not be now.
         let replay = match self.claim(&tx, method, caller, request, now).await? {
             Replay::Answered(kept) => {
@@ -269,7 +269,7 @@ impl Issuer {
             Replay::New(replay) => replay,
         };
         let mut token = drafted?;
-        let made = make_room(&tx, &token, &workspace.policy, now).await?;
+        let made = make_room(&mut tx, &token, &workspace.policy, now).await?;
         let issued = self.keyring.issue(&workspace.prefix)?;
         token.hint = issued.secret.hint();
         tx.insert_token(&token, &issued.digest).await?;
@@ -543,7 +543,7 @@ const EXPIRED: &str = "the token has expired; create a new one";
 
 /// Sees to it that there is room for one more token of this principal, which nobody else takes before this transaction ends. Answers the principal if it
 /// was never heard of and was made now.
-async fn make_room(tx: &Tx<'_>, token: &Token, policy: &Policy, now: Time) -> Result<Option<Principal>> {
+async fn make_room(tx: &mut Tx<'_>, token: &Token, policy: &Policy, now: Time) -> Result<Option<Principal>> {
     let (principal, made) = match tx.principal(&token.workspace, &token.principal).await? {
         Some(principal) => (principal, false),
         None if !policy.principals_on_first_use => {

@@ -123,7 +123,9 @@ impl Tx<'_> {
     ///
     /// # Errors
     /// `Unavailable`.
-    pub async fn insert_workspace(&self, workspace: &Workspace) -> Result<bool> {
+    pub async fn insert_workspace(&mut self, workspace: &Workspace) -> Result<bool> {
+        // Whoever came with a certificate for it was told that it is not there.
+        self.touch([Subject::Workspace(workspace.id.clone())]);
         let insert = workspace::Entity::insert(row_of_workspace(workspace).into_active_model());
         let insert = insert.on_conflict(OnConflict::column(workspace::Column::Id).do_nothing().to_owned());
         self.bounded(insert.exec_without_returning(self.inner())).await.map(|rows| rows == 1)
@@ -189,11 +191,15 @@ impl Tx<'_> {
         row.map(principal_of).transpose()
     }
 
-    /// Takes up a principal; says whether it was not there.
+    /// Takes up a principal; says whether it was not there. In a creation of a token it must be one that is judged as one that was never heard of: nothing is
+    /// announced then.
     ///
     /// # Errors
     /// `Unavailable`.
-    pub async fn insert_principal(&self, principal: &Principal) -> Result<bool> {
+    pub async fn insert_principal(&mut self, principal: &Principal) -> Result<bool> {
+        if self.is_change() {
+            self.touch([subject(principal)]);
+        }
         let key = [principal::Column::Workspace, principal::Column::Id];
         let insert = principal::Entity::insert(row_of_principal(principal).into_active_model());
         let insert = insert.on_conflict(OnConflict::columns(key).do_nothing().to_owned());

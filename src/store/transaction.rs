@@ -148,6 +148,11 @@ impl Tx<'_> {
         &self.inner
     }
 
+    /// Whether this is a change, which has a number, and not a creation.
+    pub(super) fn is_change(&self) -> bool {
+        self.seq.is_some()
+    }
+
     /// Notes that what is known about these subjects is out of date once the change is committed.
     pub(super) fn touch(&mut self, subjects: impl IntoIterator<Item = Subject>) {
         self.touched.extend(subjects);

@@ -24,6 +24,7 @@ mod cli;
 mod clients;
 mod contract;
 mod crash;
+mod equivalence;
 mod limits;
 mod plans;
 mod process;
