@@ -1,6 +1,6 @@
 //! The command line: what people and scripts type, and what they get to see.
 //!
-//! `serve`, `migrate` and `keyring` work on the server's own data; every other command is a client of the gRPC interface.
+//! `serve`, `migrate`, `recover` and `keyring` work on the server's own data; every other command is a client of the gRPC interface.
 //!
 //! Invariant: a token that was typed in the wrong place is not echoed (test `a_misplaced_token_is_not_echoed`).
 
@@ -70,7 +70,7 @@ fn root() -> Command {
         .after_help(AFTER)
         .subcommand_required(true)
         .arg_required_else_help(true)
-        .subcommands([serve_command(), migrate_command(), keyring_command()])
+        .subcommands([serve_command(), migrate_command(), recover_command(), keyring_command()])
         .subcommands([questions::health_command(), questions::whoami_command(), questions::validate_command()])
         .subcommands([tokens::token_command(), workspaces::workspace_command(), principals::principal_command()])
         .subcommands([audit::audit_command(), logout::session_command(), leaks::report_command(), completions_command()])
@@ -86,6 +86,11 @@ fn migrate_command() -> Command {
     let examples = "  keyward migrate --database-url postgres://keyward@db/keyward";
     command("migrate", "Brings the database's schema up to date, for servers that run with --migrate-on-start false", examples)
         .args(settings::args())
+}
+
+fn recover_command() -> Command {
+    let examples = "  keyward recover --data-dir keyward-data > root.txt";
+    command("recover", "Makes a new root token, for when the last one is lost; stop the server first", examples).args(settings::args())
 }
 
 fn keyring_command() -> Command {
@@ -119,6 +124,7 @@ fn dispatch(matches: &ArgMatches) -> ExitCode {
     match path.as_str() {
         "serve" => with_config(args, serve::serve),
         "migrate" => with_config(args, serve::migrate),
+        "recover" => with_config(args, serve::recover),
         "keyring rotate" => with_config(args, serve::rotate_keyring),
         "completions" => completions(args),
         _ => client(&path, args),

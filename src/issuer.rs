@@ -160,6 +160,32 @@ impl Issuer {
         tx.commit(now).await
     }
 
+    /// Makes one more root token, for when the last one is lost: in workspace `default` if that is there, for the principal `root`, both of
+    /// which are resumed if they were suspended.
+    ///
+    /// # Errors
+    /// `NotFound` (nothing was ever made in this store), `Unavailable`.
+    pub async fn recover(&self, now: Time) -> Result<Secret> {
+        let first = self.store.workspaces(None, 1).await?.pop();
+        let mut tx = self.store.begin_change().await?;
+        let workspace = tx.workspace("default").await?.or(first).ok_or(Error::NotFound("workspace"))?;
+        if workspace.suspended {
+            tx.update_workspace(&Workspace { suspended: false, version: workspace.version + 1, ..workspace.clone() }).await?;
+        }
+        match tx.principal(&workspace.id, "root").await? {
+            Some(root) if root.suspended => {
+                tx.update_principal(&Principal { suspended: false, version: root.version + 1, ..root }).await?;
+            }
+            Some(_) => {}
+            None => {
+                tx.insert_principal(&Principal::first_used(&workspace.id, "root", now)).await?;
+            }
+        }
+        let secret = self.issue_root(&tx, &workspace, "Root token of a recovery", "Recover", now).await?;
+        tx.commit(now).await?;
+        Ok(secret)
+    }
+
     async fn issue_root(&self, tx: &Tx<'_>, workspace: &Workspace, name: &str, method: &'static str, now: Time) -> Result<Secret> {
         let root = "keyward:root".parse::<Scope>().map_err(|rule| Error::Internal(rule.into()))?;
         let Issued { secret, digest } = self.keyring.issue(&workspace.prefix)?;

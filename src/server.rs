@@ -37,7 +37,7 @@ use crate::{
     fence::Fence,
     issuer::Issuer,
     retention::{Periods, Retention},
-    store::{Hold, Store},
+    store::{DatabaseUrl, Hold, Store},
     telemetry::{self, Metrics},
     token::{Keyring, Secret},
     usage::Usage,
@@ -241,6 +241,30 @@ impl Server {
             }
         });
     }
+}
+
+/// Makes one more root token, without a server: whoever may read the keyring and write the database may do everything anyway.
+///
+/// # Errors
+/// A sentence for the operator: what is wrong and what to do.
+pub async fn recover(config: &Config, clock: &Clock) -> Result<Secret, String> {
+    const NEW: &str = "there is nothing to recover: this database is new, and the first start of `keyward serve` makes its root token";
+    if matches!(&config.database_url, DatabaseUrl::Sqlite(path) if !path.exists()) {
+        return Err(NEW.to_owned());
+    }
+    let store = Arc::new(Store::open(&config.database_url, config.migrate_on_start, Box::new(|_, _, _| ())).await?);
+    if !store.has_keys().await.map_err(|error| error.to_string())? {
+        return Err(NEW.to_owned());
+    }
+    let keyring = Arc::new(open_keyring(&store, &config.keyring_file).await?);
+    let fence = Fence::new(Arc::new(Cache::new(1_000)), Arc::clone(&store));
+    let recovered = Issuer::new(keyring, Arc::clone(&store), fence).recover(clock.now()).await;
+    let closed = store.close().await.map_err(|error| error.to_string());
+    let secret = recovered.map_err(|error| match error {
+        Error::NotFound(_) => NEW.to_owned(),
+        error => error.to_string(),
+    })?;
+    closed.map(|()| secret)
 }
 
 impl Rooms {

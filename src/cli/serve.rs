@@ -1,4 +1,4 @@
-//! The commands that run on the server's own machine: `serve`, `migrate`, `keyring rotate`.
+//! The commands that run on the server's own machine: `serve`, `migrate`, `recover`, `keyring rotate`.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "the command line speaks to people")]
 
@@ -15,7 +15,7 @@ use crate::{
     ambient::Clock,
     api::gate::Limits,
     config::Config,
-    server::Server,
+    server::{self, Server},
     store::Store,
     telemetry,
     token::{Keyring, Secret},
@@ -38,6 +38,17 @@ pub(super) fn migrate(config: &Config) -> ExitCode {
     };
     outcome(runtime.map_err(|error| error.to_string()).and_then(|runtime| runtime.block_on(work)).inspect(|()| {
         println!("The schema of {:?} is up to date.", config.database_url);
+    }))
+}
+
+/// Makes one more root token, for when the last one is lost.
+pub(super) fn recover(config: &Config) -> ExitCode {
+    telemetry::init_logs(&config.log, config.log_format);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let secret = runtime.map_err(|error| error.to_string()).and_then(|runtime| runtime.block_on(server::recover(config, &Clock::system())));
+    outcome(secret.map(|secret| {
+        eprintln!("A new root token, which may do everything and is shown this once:");
+        println!("{}", secret.reveal());
     }))
 }
 

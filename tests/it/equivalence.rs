@@ -135,7 +135,10 @@ impl Rooms {
             16 => directory.delete_principal(root(), someone, "", now).await.map(drop)?,
             17 => {
                 let role = dice.pick(&[Role::Member, Role::Admin]);
-                directory.upsert_principal(root(), PrincipalInput { target: someone, role, ..PrincipalInput::default() }, now).await.map(drop)?;
+                directory
+                    .upsert_principal(root(), PrincipalInput { target: someone, role, ..PrincipalInput::default() }, now)
+                    .await
+                    .map(drop)?;
             }
             18 => directory.suspend_workspace(root(), place, "", now).await.map(drop)?,
             19 | 20 => directory.resume_workspace(root(), place, now).await.map(drop)?,

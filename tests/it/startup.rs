@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use keyward::proto::Verdict;
+use keyward::proto::{self, Verdict};
 
 use crate::world::{self, Backend, World, free_port, keyward};
 
@@ -20,6 +20,7 @@ crate::on_both_databases!(
     a_second_server_is_kept_away,
     a_removed_key_ends_its_tokens,
     the_root_token_is_shown_once,
+    a_lost_root_token_is_replaced,
 );
 
 /// Starts the program and waits for it to give up; its exit code and what it said.
@@ -335,4 +336,31 @@ async fn the_root_token_is_shown_once(world: World) {
     let mut said = String::new();
     second.0.stdout.take().expect("piped").read_to_string(&mut said).expect("text");
     assert!(said.is_empty(), "{said}");
+}
+
+async fn a_lost_root_token_is_replaced(mut world: World) {
+    let recover = |world: &World| {
+        let mut command = keyward();
+        command.args(["recover", "--data-dir"]).arg(world.folder.path().join("data"));
+        command.args(world.settings.get("database_url").into_iter().flat_map(|url| ["--database-url", url]));
+        command.output().expect("it runs")
+    };
+    let refused = recover(&world);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("another keyward is using"), "{said}");
+    world.stop_server().await;
+    world.db_execute("UPDATE token SET state = 3, revoke_time = 0 WHERE is_root").await;
+    world.db_execute("UPDATE principal SET suspended = TRUE").await;
+    world.db_execute("UPDATE workspace SET suspended = TRUE").await;
+    let recovered = recover(&world);
+    let secret = String::from_utf8(recovered.stdout).expect("text").trim().to_owned();
+    assert!(recovered.status.success() && secret.starts_with("kw_"), "{}", String::from_utf8_lossy(&recovered.stderr));
+    world.start_server().await;
+    let root = world.bearer(&secret).await;
+    let asked = proto::ListAuditEventsRequest { methods: vec!["Recover".to_owned()], ..Default::default() };
+    let audit = root.audit().list_audit_events(root.request(asked)).await.expect("an answer");
+    assert_eq!(audit.into_inner().events.len(), 1);
+    let nowhere = world.folder.path().join("nowhere");
+    let nothing = keyward().args(["recover", "--data-dir"]).arg(&nowhere).output().expect("it runs");
+    assert!(!nothing.status.success() && !nowhere.exists(), "{}", String::from_utf8_lossy(&nothing.stderr));
 }
