@@ -75,7 +75,7 @@ fn a_token_goes_through_its_life_in_a_shell() {
         }
         let renamed = shell.json(&["token", "update", id, "--name", "nightly", "--expires", "180d"]);
         assert_eq!(renamed["token"]["displayName"], "nightly");
-        assert!(renamed["token"]["expireTime"].as_str().is_some_and(|end| end.contains("T")), "{renamed}");
+        assert!(renamed["token"]["expireTime"].as_str().is_some_and(|end| end.contains('T')), "{renamed}");
         let (_, renewed) = shell.get(&["token", "regenerate", id]);
         assert_eq!(shell.get(&["validate", secret]).0, 1, "the old secret is dead");
         assert_eq!(shell.get(&["validate", renewed.trim()]).0, 0);

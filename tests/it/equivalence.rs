@@ -16,7 +16,7 @@ use keyward::{
     directory::{Directory, PrincipalInput, PrincipalTarget, WorkspacePatch, WorkspaceTarget},
     error::{Error, Result},
     fence::Fence,
-    grant::{Grant, Need, Verdict},
+    grant::{Need, Verdict},
     issuer::{Grace, Issuer, NewToken, RequestId, Target, TokenPatch},
     retention::{Periods, Retention},
     rules::Lifetime,
@@ -112,7 +112,7 @@ impl Rooms {
     /// One random change. What the domain refuses is no change, and as good.
     async fn change(&mut self, dice: &mut Dice) -> Result<()> {
         let (workspace, principal) = (dice.pick(&WORKSPACES).to_owned(), dice.pick(&PRINCIPALS).to_owned());
-        let token = (!self.secrets.is_empty()).then(|| self.secrets[dice.roll(self.secrets.len())].1.clone()).unwrap_or_default();
+        let token = self.secrets.get(dice.roll(self.secrets.len().max(1))).map(|(_, id)| id.clone()).unwrap_or_default();
         let target = || Target { id: token.clone(), etag: String::new() };
         let someone = PrincipalTarget { workspace: workspace.clone(), id: principal.clone(), etag: String::new() };
         let place = WorkspaceTarget { id: workspace.clone(), etag: String::new() };
@@ -211,7 +211,7 @@ impl Rooms {
             for question in questions(secret, &list) {
                 let judged = async |validator: &Arc<Validator>| {
                     let answer = validator.validate(question, self.now).await.expect("an answer");
-                    (answer.verdict, answer.grant.as_deref().map(Grant::clone), answer.derived_scope)
+                    (answer.verdict, answer.grant.as_deref().cloned(), answer.derived_scope)
                 };
                 let (kept, read) = (judged(&self.cached).await, judged(&fresh).await);
                 assert_eq!(kept, read, "{:?} {:?}", question.need, question.http);
