@@ -717,7 +717,8 @@ fn settings(token: &Token) -> Value {
         "allowed_cidrs": token.allowed_cidrs.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "metadata": token.metadata,
         "session_id": token.session_id,
-        "expire_time_micros": (token.expire_time != Time::NEVER).then(|| token.expire_time.micros()),
+        "expire_time": (token.expire_time != Time::NEVER).then(|| token.expire_time.to_string()),
+        "revoke_reason": token.revoke_reason,
         "version": token.version,
     })
 }
