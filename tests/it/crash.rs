@@ -71,7 +71,7 @@ const HALVES: [(&str, &str); 11] = [
     ),
     (
         "a principal that was made without an audit row",
-        "SELECT COUNT(*) FROM principal p WHERE p.create_time >= {since} AND NOT EXISTS (SELECT 1 FROM audit_event a \
+        "SELECT COUNT(*) FROM principal p WHERE p.create_time >= {since} AND p.id <> 'root' AND NOT EXISTS (SELECT 1 FROM audit_event a \
          WHERE a.workspace = p.workspace AND a.principal = p.id AND a.token_id IS NULL AND a.code = 'OK')",
     ),
     (
