@@ -202,8 +202,10 @@ pub(super) fn token_query(id: TokenId, workspace: Option<&str>) -> sea_orm::Sele
     if let Some(workspace) = workspace {
         return query.filter(token::Column::Workspace.eq(workspace));
     }
-    let standing = workspace::Entity::find().select_only().column(workspace::Column::Id).filter(workspace::Column::DeleteTime.is_null());
-    query.filter(token::Column::Workspace.in_subquery(standing.into_query()))
+    // Asked for its own workspace: a list of all of them would be made for each token.
+    let own = Expr::col((workspace::Entity, workspace::Column::Id)).equals((token::Entity, token::Column::Workspace));
+    let standing = workspace::Entity::find().select_only().column(workspace::Column::Id);
+    query.filter(Expr::exists(standing.filter(own).filter(workspace::Column::DeleteTime.is_null()).into_query()))
 }
 
 fn list_query(filter: &Filter, order: Order, after: Option<&Cursor>, limit: u64, now: Time) -> sea_orm::Select<token::Entity> {
