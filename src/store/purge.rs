@@ -26,8 +26,8 @@ impl Store {
     /// `Unavailable`, `Overloaded`.
     pub async fn ended_tokens(&self, before: Time, limit: u64) -> Result<Vec<Expendable>> {
         for condition in [
-            "expire_time <= $1 AND expire_time < 9223372036854775807 AND COALESCE(revoke_time, 0) <= $1 AND COALESCE(delete_time, 0) <= $1 \
-             ORDER BY expire_time",
+            "expire_time + 0 <= $1 AND expire_time < 9223372036854775807 AND COALESCE(revoke_time, 0) <= $1 \
+             AND COALESCE(delete_time, 0) <= $1 ORDER BY expire_time + 0",
             "revoke_time <= $1 AND revoke_time IS NOT NULL AND COALESCE(delete_time, 0) <= $1 ORDER BY revoke_time",
             "delete_time <= $1 AND delete_time IS NOT NULL ORDER BY delete_time",
         ] {
