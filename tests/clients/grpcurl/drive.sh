@@ -56,6 +56,7 @@ is() { # PATH VALUE
 # What is there, with its comments.
 ask list
 has keyward.v1.TokenService keyward.v1.ValidationService keyward.v1.SelfService grpc.health.v1.Health
+has keyward.v1.WorkspaceService keyward.v1.PrincipalService keyward.v1.AuditService
 ask list keyward.v1.ValidationService
 has keyward.v1.ValidationService.ValidateToken keyward.v1.ValidationService.BatchValidateTokens
 ask describe keyward.v1.TokenService
@@ -89,6 +90,27 @@ is token.state TOKEN_STATE_REVOKED
 is propagation.state PROPAGATION_STATE_COMPLETE
 call ValidationService/ValidateToken '{"token": "'"$secret"'"}'
 is verdict VERDICT_REVOKED
+
+# A workspace with routes, a token in it, and what its audit says.
+brand=sh$$
+routes='{"resource": "orders", "endpoint": "/api/orders", "operations": [{"operation": "read", "method": "GET", "path": "/{id}"}]}'
+workspace='{"workspace": {"id": "shop-'"$brand"'", "displayName": "Shop", "prefix": "'"$brand"'", "resources": ['"$routes"']}}'
+call WorkspaceService/CreateWorkspace "$workspace"
+is workspace.policy.maxPermanentTtl 31536000s
+call_fails AlreadyExists WorkspaceService/CreateWorkspace "$workspace" "$KEYWARD_TOKEN"
+call TokenService/CreateToken '{"workspace": "shop-'"$brand"'", "displayName": "Orders", "scopes": ["orders:*"]}'
+shop_secret=$(field secret)
+call ValidationService/ValidateToken '{"token": "'"$shop_secret"'", "httpMethod": "GET", "path": "/api/orders/7"}'
+is verdict VERDICT_VALID
+is derivedScope orders:read
+call ValidationService/ValidateToken '{"token": "'"$shop_secret"'", "httpMethod": "DELETE", "path": "/api/orders/7"}'
+is verdict VERDICT_INSUFFICIENT_SCOPE
+call AuditService/ListAuditEvents '{"workspace": "shop-'"$brand"'", "methods": ["CreateToken"]}'
+has '"method": "CreateToken"' '"code": "OK"' '"display_name": "Orders"'
+[[ $output != *"$shop_secret"* ]] || fail 'the audit shows a secret'
+call WorkspaceService/DeleteWorkspace '{"id": "shop-'"$brand"'"}'
+call ValidationService/ValidateToken '{"token": "'"$shop_secret"'"}'
+is verdict VERDICT_UNKNOWN
 
 # Errors, with their details.
 call_fails InvalidArgument TokenService/CreateToken '{"displayName": "", "allowedCidrs": ["10.0.0.0/33"]}' "$KEYWARD_TOKEN"

@@ -1,4 +1,4 @@
-// Keyward from Node.js: create a token, find it, validate it, revoke it, and read errors with their details.
+// Keyward from Node.js: create a token, find it, validate it, revoke it, and read errors with their details; the same in a workspace of its own, by path.
 //
 //     npm install
 //     KEYWARD_ADDRESS=127.0.0.1:50051 KEYWARD_TOKEN=kw_… node drive.js
@@ -13,7 +13,7 @@ const grpc = require('@grpc/grpc-js');
 const protoLoader = require('@grpc/proto-loader');
 const protobuf = require('protobufjs');
 
-const services = ['token_service', 'validation_service', 'self_service'];
+const services = ['token_service', 'validation_service', 'self_service', 'workspace_service', 'audit_service'];
 const definition = protoLoader.loadSync(
   services.map((name) => `keyward/v1/${name}.proto`),
   { includeDirs: [path.join(__dirname, '../../../proto')], enums: String, longs: String, defaults: true, oneofs: true },
@@ -100,7 +100,7 @@ async function main() {
   assert.deepEqual([again.token.id, again.secret], [token.id, secret]);
 
   // List.
-  const second = await tokens.createToken({ displayName: 'Another', principal, never: true });
+  const second = await tokens.createToken({ displayName: 'Another', principal });
   const page = await tokens.listTokens({ principal, pageSize: 1 });
   assert.deepEqual(page.tokens.map(({ id }) => id), [second.token.id]);
   const last = await tokens.listTokens({ principal, pageSize: 1, pageToken: page.nextPageToken });
@@ -126,6 +126,43 @@ async function main() {
   const revoked = await tokens.revokeToken({ id: token.id, reason: 'lost' });
   assert.deepEqual([revoked.token.state, revoked.token.revokeReason], ['TOKEN_STATE_REVOKED', 'lost']);
   assert.equal((await validation.validateToken(use)).verdict, 'VERDICT_REVOKED');
+
+  // A workspace of its own, with routes: what a path needs is looked up by Keyward.
+  const workspaces = connect(v1.WorkspaceService, root);
+  const id = `node-${randomUUID().slice(0, 8)}`;
+  const operations = [
+    { operation: 'list', method: 'GET' },
+    { operation: 'read', method: 'GET', path: '/{id}' },
+    { operation: 'create', method: 'POST' },
+  ];
+  const shop = {
+    id,
+    displayName: 'Shop',
+    prefix: id.replace('-', '').slice(0, 12),
+    policy: { maxTokensPerPrincipal: 1 },
+    resources: [{ resource: 'orders', endpoint: '/api/orders', operations }],
+  };
+  const created = await workspaces.createWorkspace({ workspace: shop });
+  assert.deepEqual([created.workspace.policy.maxTokensPerPrincipal, created.workspace.policy.allowNever], [1, false]);
+  await assertFails(workspaces.createWorkspace({ workspace: shop }), grpc.status.ALREADY_EXISTS);
+  const order = { workspace: id, displayName: 'Orders', principal, scopes: ['orders:read'] };
+  const ours = await tokens.createToken(order);
+  assert.ok(ours.secret.startsWith(`${shop.prefix}_`));
+  await assertFails(tokens.createToken(order), grpc.status.FAILED_PRECONDITION); // The policy allows one.
+  const byPath = async (httpMethod, path) => {
+    const { verdict, derivedScope } = await validation.validateToken({ token: ours.secret, httpMethod, path });
+    return [verdict, derivedScope];
+  };
+  assert.deepEqual(await byPath('GET', '/api/orders/7?full=1'), ['VERDICT_VALID', 'orders:read']);
+  assert.deepEqual(await byPath('POST', '/api/orders'), ['VERDICT_INSUFFICIENT_SCOPE', 'orders:create']);
+  assert.deepEqual(await byPath('GET', '/api/orders/../orders/7'), ['VERDICT_INSUFFICIENT_SCOPE', '']);
+  const { events } = await connect(v1.AuditService, root).listAuditEvents({ workspace: id, methods: ['CreateWorkspace', 'CreateToken'] });
+  // The latest first; the principal was made with its first token.
+  assert.deepEqual([events.length, events.at(-1).method, events.at(-1).code], [3, 'CreateWorkspace', 'OK']);
+  assert.equal(events.at(-1).after.fields.display_name.stringValue, 'Shop');
+  await workspaces.deleteWorkspace({ id });
+  assert.deepEqual(await byPath('GET', '/api/orders/7'), ['VERDICT_UNKNOWN', '']);
+  await assertFails(workspaces.getWorkspace({ id }), grpc.status.NOT_FOUND);
 
   // Errors.
   await assertFails(tokens.createToken({ displayName: '', allowedCidrs: ['10.0.0.0/33'] }), grpc.status.INVALID_ARGUMENT, [

@@ -3,8 +3,8 @@
     pip install -r requirements.txt
     KEYWARD_ADDRESS=127.0.0.1:50051 KEYWARD_TOKEN=kw_… python drive.py
 
-The token must hold `keyward:root`. All that the program makes belongs to principals of its own, so it can run again and again. Stops at
-the first thing that is not as it should be, with a message and exit code 1.
+The token must hold `keyward:root`. All that the program makes is in workspaces of its own, which it deletes at its end, so it can run again and again.
+Stops at the first thing that is not as it should be, with a message and exit code 1.
 """
 
 import itertools
@@ -40,10 +40,14 @@ def generate_stubs():
 
 
 STUBS = generate_stubs()
+from keyward.v1 import audit_service_pb2 as audit  # noqa: E402
+from keyward.v1 import audit_service_pb2_grpc, principal_service_pb2_grpc, workspace_service_pb2_grpc  # noqa: E402
+from keyward.v1 import principal_service_pb2 as people  # noqa: E402
 from keyward.v1 import self_service_pb2 as own  # noqa: E402
 from keyward.v1 import self_service_pb2_grpc, token_service_pb2_grpc, validation_service_pb2_grpc  # noqa: E402
 from keyward.v1 import token_service_pb2 as control  # noqa: E402
 from keyward.v1 import validation_service_pb2 as data  # noqa: E402
+from keyward.v1 import workspace_service_pb2 as places  # noqa: E402
 from keyward.v1.token_pb2 import (  # noqa: E402
     PROPAGATION_STATE_COMPLETE,
     TOKEN_KIND_PERMANENT,
@@ -74,9 +78,26 @@ class Keyward:
         self.tokens = token_service_pb2_grpc.TokenServiceStub(channel)
         self.validation = validation_service_pb2_grpc.ValidationServiceStub(channel)
         self.own = self_service_pb2_grpc.SelfServiceStub(channel)
+        self.workspaces = workspace_service_pb2_grpc.WorkspaceServiceStub(channel)
+        self.principals = principal_service_pb2_grpc.PrincipalServiceStub(channel)
+        self.audit = audit_service_pb2_grpc.AuditServiceStub(channel)
 
     def create(self, **fields):
-        return self.tokens.CreateToken(control.CreateTokenRequest(**{"display_name": "drive.py", **fields}))
+        """A token, for a principal of its own unless one is named."""
+        fields = {"display_name": "drive.py", "principal": new_principal(), **fields}
+        return self.tokens.CreateToken(control.CreateTokenRequest(**fields))
+
+    def create_workspace(self, **fields):
+        name = f"py{uuid.uuid4().hex[:8]}"
+        wish = places.Workspace(**{"id": name, "display_name": "drive.py", "prefix": name, **fields})
+        return expect_in_force(self.workspaces.CreateWorkspace(places.CreateWorkspaceRequest(workspace=wish))).workspace
+
+    def update_workspace(self, paths, **fields):
+        request = places.UpdateWorkspaceRequest(workspace=places.Workspace(**fields), update_mask=FieldMask(paths=paths))
+        return expect_in_force(self.workspaces.UpdateWorkspace(request)).workspace
+
+    def delete_workspace(self, workspace):
+        expect_in_force(self.workspaces.DeleteWorkspace(places.DeleteWorkspaceRequest(id=workspace.id, reason="drive.py has ended")))
 
     def validate(self, token, **fields):
         return self.validation.ValidateToken(data.ValidateTokenRequest(token=token, **fields))
@@ -464,6 +485,288 @@ def large_messages(root, channel):
     expect_error(grpc.StatusCode.UNIMPLEMENTED, lambda: channel.unary_unary("/keyward.v1.TokenService/StealToken")(b""))
 
 
+def workspaces(root, channel):
+    id = f"shop-{uuid.uuid4().hex[:8]}"
+    policy = places.Policy(default_ttl=Duration(seconds=3600), max_permanent_ttl=Duration(seconds=7200), max_tokens_per_principal=2)
+    shop = root.create_workspace(id=id, display_name="  Shop  ", policy=policy)
+    expect_equal((shop.id, shop.display_name, shop.suspended), (id, "Shop", False), "id, display_name, suspended")
+    expect_equal(shop.policy.max_temporary_ttl.seconds, 86_400, "what the policy leaves out has its default")
+    expect_equal((shop.policy.allow_never, shop.policy.principals_on_first_use), (False, True), "allow_never, principals_on_first_use")
+    get = places.GetWorkspaceRequest(id=id)
+    expect_equal(root.workspaces.GetWorkspace(get).workspace, shop, "GetWorkspace")
+    listed, page_token = [], ""
+    while page_token or not listed:
+        page = root.workspaces.ListWorkspaces(places.ListWorkspacesRequest(page_size=2, page_token=page_token))
+        listed, page_token = listed + [workspace.id for workspace in page.workspaces], page.next_page_token
+    expect(id in listed and listed == sorted(listed), f"ListWorkspaces, by id: {listed}")
+
+    taken, bad = grpc.StatusCode.ALREADY_EXISTS, dict(id="Shop", display_name="", prefix="K")
+    expect_error(taken, lambda: root.create_workspace(id=id))
+    expect_error(taken, lambda: root.create_workspace(prefix=shop.prefix))
+    wrong = places.Policy(default_ttl=Duration(seconds=0), max_tokens_per_principal=-1)
+    expect_error(INVALID, lambda: root.create_workspace(**bad), "workspace.id", "workspace.display_name", "workspace.prefix")
+    expect_error(INVALID, lambda: root.create_workspace(policy=wrong), "workspace.policy.default_ttl", "workspace.policy.max_tokens_per_principal")
+
+    # The policy is applied when a token is created.
+    holder, wish = new_principal(), dict(workspace=id)
+    first = root.create(principal=holder, **wish)
+    expect(first.secret.startswith(f"{shop.prefix}_"), "a token begins with the prefix of its workspace")
+    lifetime = first.token.expire_time.ToMicroseconds() - first.token.create_time.ToMicroseconds()
+    expect_equal(lifetime, 3_600_000_000, "a life of the policy's default_ttl, in microseconds")
+    expect_error(INVALID, lambda: root.create(ttl=Duration(seconds=7201), **wish), "ttl")
+    expect_error(INVALID, lambda: root.create(never=True, **wish), "never")
+    root.create(principal=holder, **wish)
+    expect_error(ILLEGAL_STATE, lambda: root.create(principal=holder, **wish))
+    root.create(principal=holder, kind=TOKEN_KIND_TEMPORARY, **wish)
+
+    renamed = root.update_workspace(["display_name", "policy.allow_never"], id=id, display_name="Shoe shop", policy=places.Policy(allow_never=True))
+    expect_equal((renamed.display_name, renamed.policy.allow_never), ("Shoe shop", True), "what the mask names")
+    expect_equal(renamed.policy.max_tokens_per_principal, 2, "what the mask does not name")
+    expect(not root.create(never=True, **wish).token.HasField("expire_time"), "a token that never ends")
+    expect_error(grpc.StatusCode.ABORTED, lambda: root.update_workspace(["display_name"], id=id, display_name="x", etag=shop.etag))
+    expect_error(INVALID, lambda: root.update_workspace(["id"], id=id), "update_mask.paths[0]")
+    expect_error(INVALID, lambda: root.update_workspace([], id=id), "update_mask")
+
+    # An administrator stays within its own workspace.
+    admin = Keyward(channel, root.create(principal="admin", scopes=["keyward:admin"], **wish).secret)
+    seen = admin.workspaces.ListWorkspaces(places.ListWorkspacesRequest()).workspaces
+    expect_equal([workspace.id for workspace in seen], [id], "what an administrator sees")
+    admin.update_workspace(["policy.principals_on_first_use"], policy=places.Policy(principals_on_first_use=False))
+    expect_error(ILLEGAL_STATE, lambda: admin.create(principal=new_principal()))
+    expect_error(DENIED, lambda: admin.update_workspace(["prefix"], prefix="kwkwkw"))
+    expect_error(DENIED, lambda: admin.create_workspace())
+    expect_error(NOT_FOUND, lambda: admin.workspaces.GetWorkspace(places.GetWorkspaceRequest(id="default")))
+
+    suspend, resume = places.SuspendWorkspaceRequest(id=id, reason="unpaid"), places.ResumeWorkspaceRequest(id=id)
+    expect(expect_in_force(root.workspaces.SuspendWorkspace(suspend)).workspace.suspended, "suspended")
+    expect_equal(root.verdict(first.secret), "WORKSPACE_SUSPENDED", "after SuspendWorkspace")
+    expect_error(UNAUTHENTICATED, lambda: admin.own.WhoAmI(own.WhoAmIRequest()))
+    expect(not expect_in_force(root.workspaces.ResumeWorkspace(resume)).workspace.suspended, "suspended")
+    expect_equal(root.verdict(first.secret), "VALID", "after ResumeWorkspace")
+    home = root.own.WhoAmI(own.WhoAmIRequest()).workspace
+    expect_error(ILLEGAL_STATE, lambda: root.workspaces.SuspendWorkspace(places.SuspendWorkspaceRequest(id=home)))
+
+    root.delete_workspace(shop)
+    expect_equal(root.verdict(first.secret), "UNKNOWN", "after DeleteWorkspace")
+    for call in (lambda: root.delete_workspace(shop), lambda: root.workspaces.GetWorkspace(get), lambda: root.create(**wish)):
+        expect_error(NOT_FOUND, call)
+    expect_error(taken, lambda: root.create_workspace(prefix=shop.prefix))
+
+
+def principals(root, channel):
+    id = new_principal()
+
+    def upsert(client=root, **fields):
+        return client.principals.UpsertPrincipal(people.UpsertPrincipalRequest(principal=people.Principal(**{"id": id, **fields})))
+
+    made = expect_in_force(upsert(display_name="Ada", email="ada@example.com", kind=people.PRINCIPAL_KIND_SERVICE))
+    ada = made.principal
+    expect_equal((made.created, ada.display_name, ada.email, ada.suspended), (True, "Ada", "ada@example.com", False), "UpsertPrincipal")
+    expect_equal((ada.kind, ada.role), (people.PRINCIPAL_KIND_SERVICE, people.ROLE_MEMBER), "kind, role")
+    get = people.GetPrincipalRequest(id=id)
+    expect_equal(root.principals.GetPrincipal(get).principal, ada, "GetPrincipal")
+    found = root.principals.ListPrincipals(people.ListPrincipalsRequest(query="ADA@example"))
+    expect(id in [principal.id for principal in found.principals], "ListPrincipals by mail address")
+    pages = root.principals.ListPrincipals(people.ListPrincipalsRequest(page_size=1))
+    expect(len(pages.principals) == 1 and pages.next_page_token, "a page of one")
+    changed = upsert(display_name="Ada L.", etag=ada.etag)
+    expect_equal((changed.created, changed.principal.email), (False, ""), "every field is taken as it is sent")
+    expect_error(grpc.StatusCode.ABORTED, lambda: upsert(etag=ada.etag))
+    expect_error(INVALID, lambda: upsert(id="no blanks", display_name="a\nb", email="ada"), "principal.id", "principal.display_name", "principal.email")
+    expect_error(INVALID, lambda: root.principals.ListPrincipals(people.ListPrincipalsRequest(page_size=-1, page_token="x")), "page_size", "page_token")
+
+    secret = root.create(principal=id, scopes=["keyward:admin"]).secret
+    admin = Keyward(channel, secret)
+    expect_error(DENIED, lambda: upsert(admin, role=people.ROLE_ADMIN))
+    expect_error(ILLEGAL_STATE, lambda: admin.principals.SuspendPrincipal(people.SuspendPrincipalRequest(id=id)))
+    expect_error(NOT_FOUND, lambda: admin.principals.GetPrincipal(people.GetPrincipalRequest(workspace="default", id=id)))
+    expect(expect_in_force(root.principals.SuspendPrincipal(people.SuspendPrincipalRequest(id=id, reason="left"))).principal.suspended, "suspended")
+    expect_equal(root.verdict(secret), "PRINCIPAL_SUSPENDED", "after SuspendPrincipal")
+    expect_error(UNAUTHENTICATED, lambda: admin.own.WhoAmI(own.WhoAmIRequest()))
+    expect_error(ILLEGAL_STATE, lambda: root.create(principal=id))
+    expect(not expect_in_force(root.principals.ResumePrincipal(people.ResumePrincipalRequest(id=id))).principal.suspended, "suspended")
+    expect_equal(root.verdict(secret), "VALID", "after ResumePrincipal")
+    gone = expect_in_force(root.principals.DeletePrincipal(people.DeletePrincipalRequest(id=id, reason="left for good")))
+    expect_equal((gone.revoked_count, root.verdict(secret)), (1, "REVOKED"), "after DeletePrincipal")
+    expect_error(NOT_FOUND, lambda: root.principals.GetPrincipal(get))
+
+
+def own_tokens(root, channel):
+    """What somebody does who has nothing but a token with keyward:self."""
+    me = Keyward(channel, root.create(principal=new_principal(), scopes=["keyward:self", "orders:*"]).secret)
+    who = me.own.WhoAmI(own.WhoAmIRequest())
+
+    def create(**fields):
+        return expect_in_force(me.own.CreateMyToken(own.CreateMyTokenRequest(**{"display_name": "mine", **fields})))
+
+    request_id = str(uuid.uuid4())
+    made = create(scopes=["orders:read"], ttl=Duration(seconds=600), request_id=request_id)
+    expect_equal((made.token.principal, made.token.created_by, made.token.kind), (who.principal, who.principal, TOKEN_KIND_PERMANENT), "CreateMyToken")
+    again = create(scopes=["orders:read"], ttl=Duration(seconds=600), request_id=request_id)
+    expect_equal((again.token.id, again.secret), (made.token.id, made.secret), "id and secret for the same request_id")
+    day = time.strftime("%Y-%m-%d", time.gmtime(time.time() + 2 * 86_400))
+    expect_equal(create(expire_date=day).token.expire_time.ToJsonString(), f"{day}T00:00:00Z", "expire_date")
+    expect_error(DENIED, lambda: create(scopes=["invoices:read"]))
+    expect_error(DENIED, lambda: create(scopes=["keyward:admin"]))
+    expect_error(INVALID, lambda: create(display_name="", expire_date="tomorrow"), "display_name", "expire_date")
+    expect_error(DENIED, lambda: Keyward(channel, made.secret).own.CreateMyToken(own.CreateMyTokenRequest(display_name="x")))
+
+    root.update_workspace(["policy.permanent_requires_admin"], policy=places.Policy(permanent_requires_admin=True))
+    expect_error(DENIED, create)
+    expect_in_force(me.own.IssueTemporaryToken(own.IssueTemporaryTokenRequest()))
+    role = people.Principal(id=who.principal, role=people.ROLE_ADMIN)
+    expect_in_force(root.principals.UpsertPrincipal(people.UpsertPrincipalRequest(principal=role)))
+    create()
+    root.update_workspace(["policy.permanent_requires_admin"])
+
+
+def sessions(root, channel):
+    me = Keyward(channel, root.create(principal=new_principal(), scopes=["keyward:self", "orders:read"]).secret)
+
+    def issue(client=me, **fields):
+        return client.own.IssueTemporaryToken(own.IssueTemporaryTokenRequest(**fields))
+
+    session = f"session-{uuid.uuid4()}"
+    first = expect_in_force(issue(session_id=session, scopes=["keyward:self", "orders:read"], ttl=Duration(seconds=600)))
+    expect_equal((first.token.kind, first.token.session_id), (TOKEN_KIND_TEMPORARY, session), "kind, session_id")
+    expect_equal(first.token.display_name, "Temporary token", "display_name")
+    bound = Keyward(channel, first.secret)
+    second, bystander = issue(bound), issue(session_id="another")
+    expect_equal(second.token.session_id, session, "the session of the presented token")
+    expect_error(INVALID, lambda: issue(bound, session_id="another"), "session_id")
+    expect_error(INVALID, lambda: issue(ttl=Duration(seconds=86_401), session_id="x" * 129), "session_id", "ttl")
+    expect_error(DENIED, lambda: issue(scopes=["orders:write"]))
+
+    plain = Keyward(channel, second.secret)
+    expect_error(DENIED, lambda: plain.own.EndSession(own.EndSessionRequest(session_id="another")))
+    expect_error(ILLEGAL_STATE, lambda: me.own.EndSession(own.EndSessionRequest()))
+    expect_error(INVALID, lambda: me.own.EndSession(own.EndSessionRequest(session_id="x" * 129)), "session_id")
+    ended = expect_in_force(plain.own.EndSession(own.EndSessionRequest()))
+    expect_equal(ended.revoked_count, 2, "revoked_count")
+    expect_equal([root.verdict(made.secret) for made in (first, second, bystander)], ["REVOKED", "REVOKED", "VALID"], "after EndSession")
+    reason = root.tokens.GetToken(control.GetTokenRequest(id=first.token.id)).token.revoke_reason
+    expect_equal(reason, "SESSION_ENDED", "revoke_reason")
+    expect_equal(me.own.EndSession(own.EndSessionRequest(session_id="another")).revoked_count, 1, "one's own session, by its name")
+    expect_equal(me.own.EndSession(own.EndSessionRequest(session_id="another")).revoked_count, 0, "revoked_count of a second call")
+
+
+def routes(root, _channel):
+    operation = places.Operation
+    agents = places.Resource(
+        resource="agents",
+        endpoint="/api/agent-base",
+        operations=[
+            operation(operation="list", method="GET"),
+            operation(operation="create", method="POST"),
+            operation(operation="read", method="GET", path="/{id}"),
+            operation(operation="export", method="GET", path="/export"),
+            operation(operation="run", method="*", path="/{id}/executions/{rest...}"),
+        ],
+    )
+    root.update_workspace(["resources"], resources=[agents])
+    id = root.own.WhoAmI(own.WhoAmIRequest()).workspace
+    expect_equal(list(root.workspaces.GetWorkspace(places.GetWorkspaceRequest(id=id)).workspace.resources), [agents], "resources")
+    reader = root.create(scopes=["agents:list", "agents:read"]).secret
+    for method, path, verdict, scope in (
+        ("GET", "/api/agent-base", "VALID", "agents:list"),
+        ("HEAD", "/api/agent-base", "VALID", "agents:list"),
+        ("GET", "/api/agent-base?page=2", "VALID", "agents:list"),
+        ("GET", "/api/agent-base/7", "VALID", "agents:read"),
+        ("GET", "/api/agent-base/%37", "VALID", "agents:read"),
+        ("GET", "/api/agent-base/export", "INSUFFICIENT_SCOPE", "agents:export"),
+        ("POST", "/api/agent-base", "INSUFFICIENT_SCOPE", "agents:create"),
+        ("DELETE", "/api/agent-base/7/executions/1/log", "INSUFFICIENT_SCOPE", "agents:run"),
+        ("DELETE", "/api/agent-base/7", "INSUFFICIENT_SCOPE", ""),
+        ("GET", "/api/elsewhere", "INSUFFICIENT_SCOPE", ""),
+        ("GET", "/api/agent-base/", "INSUFFICIENT_SCOPE", ""),
+        ("GET", "/api//agent-base", "INSUFFICIENT_SCOPE", ""),
+        ("GET", "/api/agent-base/../agent-base", "INSUFFICIENT_SCOPE", ""),
+        ("GET", "/api/agent-base/a%2Fb", "INSUFFICIENT_SCOPE", ""),
+        ("GET", "/api/agent-base/Export", "INSUFFICIENT_SCOPE", ""),
+        ("GET", "/api/agent-base/7;x", "INSUFFICIENT_SCOPE", ""),
+    ):
+        answer = root.validate(reader, http_method=method, path=path)
+        found = (data.Verdict.Name(answer.verdict).removeprefix("VERDICT_"), answer.derived_scope)
+        expect_equal(found, (verdict, scope), f"{method} {path}")
+    answer = root.validate(reader, http_method="GET", path="/api/agent-base", required_scopes=["orders:read"])
+    expect_equal((list(answer.missing_scopes), answer.derived_scope), (["orders:read"], "agents:list"), "beside required_scopes")
+    expect_equal(root.verdict(root.create(scopes=["agents:*"]).secret, http_method="PATCH", path="/api/agent-base/7/executions/1"), "VALID", "any method")
+    expect_error(INVALID, lambda: root.validate(reader, http_method="GET"), "path")
+    expect_error(INVALID, lambda: root.validate(reader, path="/api/agent-base"), "http_method")
+
+    wrong = places.Resource(resource="Agents", endpoint="api", operations=[operation(operation="read", method="get", path="/%41")])
+    try:
+        root.update_workspace(["resources"], resources=[agents, wrong])
+        raise AssertionError("a wrong table was taken")
+    except grpc.RpcError as error:
+        expect_equal(error.code(), INVALID, "code")
+        fields = sorted({violation.field for violation in error_details(error)[BadRequest].field_violations})
+        part = "workspace.resources[1]"
+        wanted = [f"{part}.{name}" for name in ("endpoint", "operations[0].method", "operations[0].path", "resource")]
+        expect_equal(fields, wanted, "every mistake of a table")
+
+
+def leaks(root, channel):
+    made, other = root.create(), root.create()
+    nobody = Keyward(channel)
+
+    def report(*texts):
+        return nobody.own.ReportLeakedTokens(own.ReportLeakedTokensRequest(tokens=texts))
+
+    begin = time.monotonic()
+    expect_equal(report("garbage", made.secret), own.ReportLeakedTokensResponse(), "the answer to a report")
+    expect(time.monotonic() - begin >= 0.45, "the answer comes after a time that says nothing")
+    expect_equal([root.verdict(made.secret), root.verdict(other.secret)], ["REVOKED", "VALID"], "after a report")
+    ended = root.tokens.GetToken(control.GetTokenRequest(id=made.token.id)).token
+    expect_equal(ended.revoke_reason, "LEAKED", "revoke_reason")
+
+    new = root.tokens.RegenerateToken(control.RegenerateTokenRequest(id=other.token.id, grace=Duration(seconds=600))).secret
+    report(other.secret)
+    expect_equal([root.verdict(other.secret), root.verdict(new)], ["UNKNOWN", "VALID"], "an old secret is ended alone")
+    expect_error(INVALID, report, "tokens")
+    expect_error(INVALID, lambda: report(*["x"] * 101), "tokens")
+    expect_error(INVALID, lambda: report("x", "x" * 257), "tokens[1]")
+
+
+def audit_events(root, channel):
+    actor = Keyward(channel, root.create(principal="auditor", scopes=["keyward:admin"]).secret)
+    made = actor.create(display_name="watched").token
+    actor.tokens.RevokeToken(control.RevokeTokenRequest(id=made.id, reason="lost"))
+
+    def ask(**fields):
+        return actor.audit.ListAuditEvents(audit.ListAuditEventsRequest(**fields))
+
+    revoked, created = ask(token_id=made.id).events
+    expect_equal([event.method for event in (revoked, created)], ["RevokeToken", "CreateToken"], "the events of a token, the latest first")
+    expect_equal((revoked.code, revoked.reason, revoked.principal), ("OK", "lost", made.principal), "code, reason, principal")
+    expect_equal((revoked.actor_workspace, revoked.actor_principal), (made.workspace, "auditor"), "who it was")
+    expect(revoked.actor_address and revoked.actor_token_id.startswith("tok_"), "from where, with which token")
+    expect_equal((created.HasField("before"), created.after["display_name"]), (False, "watched"), "before and after a creation")
+    expect_equal([revoked.before["state"], revoked.after["state"]], ["ACTIVE", "REVOKED"], "before and after a revocation")
+
+    def ids(**fields):
+        return [event.id for event in ask(**fields).events]
+
+    expect_equal(ids(actor="auditor", methods=["RevokeToken"]), [revoked.id], "by actor and method")
+    expect(revoked.id in ids(principal=made.principal) and revoked.id in ids(methods=["RevokeToken", "DeleteToken"]), "by principal, by methods")
+    expect_equal(ids(token_id=made.id, start_time=revoked.event_time), [revoked.id], "from start_time on")
+    expect_equal(ids(token_id=made.id, end_time=revoked.event_time), [created.id], "before end_time")
+    page = ask(token_id=made.id, page_size=1)
+    rest = ask(token_id=made.id, page_size=1, page_token=page.next_page_token)
+    expect_equal([event.id for event in (*page.events, *rest.events)], [revoked.id, created.id], "two pages")
+    expect_equal(rest.next_page_token, "", "next_page_token of the last page")
+
+    expect_error(DENIED, actor.create_workspace)
+    refused = lambda: ask(actor="auditor", methods=["CreateWorkspace"]).events  # noqa: E731
+    eventually(refused, "an event of the refused call")
+    expect_equal((refused()[0].code, refused()[0].HasField("after")), ("PERMISSION_DENIED", False), "an event of a refused call")
+    expect_error(INVALID, lambda: ask(token_id="tok_1", page_size=-1, page_token="x"), "token_id", "page_size", "page_token")
+    expect_error(INVALID, lambda: ask(methods=["RevokeToken"] * 21), "methods")
+    expect_error(NOT_FOUND, lambda: ask(workspace="default"))
+    plain = Keyward(channel, root.create(scopes=["keyward:self"]).secret)
+    expect_error(DENIED, lambda: plain.audit.ListAuditEvents(audit.ListAuditEventsRequest()))
+
+
 def health(_root, channel):
     stub = health_pb2_grpc.HealthStub(channel)
     for service in ("", "keyward.v1.ValidationService", "keyward.v1.TokenService", "keyward.v1.SelfService"):
@@ -474,13 +777,16 @@ def health(_root, channel):
 
 STORY = (
     who_am_i, create_and_validate, verdicts, batches, lists, updates, regenerations, deletions, self_service, rights, wrong_arguments,
-    large_messages, health,
+    large_messages, workspaces, principals, own_tokens, sessions, routes, leaks, audit_events, health,
 )  # fmt: skip
 
 
 def main():
     with grpc.insecure_channel(os.environ["KEYWARD_ADDRESS"].removeprefix("http://")) as channel:
-        root = Keyward(channel, os.environ["KEYWARD_TOKEN"])
+        visitor = Keyward(channel, os.environ["KEYWARD_TOKEN"])
+        who_am_i(visitor, channel)
+        home = visitor.create_workspace(policy=places.Policy(allow_never=True, max_permanent_ttl=Duration(seconds=100 * 365 * 86_400)))
+        root = Keyward(channel, visitor.create(workspace=home.id, principal="root", scopes=["keyward:root"]).secret)
         for chapter in STORY:
             try:
                 chapter(root, channel)
@@ -489,6 +795,7 @@ def main():
                 reason = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else error
                 sys.exit(f"FAILED {chapter.__name__} (drive.py:{line}): {reason}")
             print(f"ok {chapter.__name__}")
+        visitor.delete_workspace(home)
 
 
 if __name__ == "__main__":
