@@ -17,6 +17,8 @@ pub struct Site {
     pub backend: Backend,
     pub folder: TempDir,
     pub database_url: String,
+    /// Settings besides those that every process gets.
+    pub arguments: Vec<String>,
 }
 
 impl Site {
@@ -31,7 +33,7 @@ impl Site {
     pub fn at(backend: Backend, database_url: String) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let file = format!("sqlite://{}/data/keyward.db", folder.path().display());
-        Self { backend, database_url: if backend == Backend::Sqlite { file } else { database_url }, folder }
+        Self { backend, database_url: if backend == Backend::Sqlite { file } else { database_url }, folder, arguments: Vec::new() }
     }
 
     /// One connection, past the server.
@@ -47,6 +49,7 @@ impl Site {
         let (data, root, log) = (self.folder.path().join("data"), self.folder.path().join("root"), self.folder.path().join("log"));
         command.args(["serve", "--listen", "127.0.0.1:0", "--metrics-listen", "off"]);
         command.arg("--data-dir").arg(data).arg("--database-url").arg(&self.database_url).arg("--root-token-file").arg(root);
+        command.args(&self.arguments);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(log).expect("a log"));
         Process { child: command.spawn().expect("it runs"), address: String::new() }
     }
@@ -92,6 +95,11 @@ impl Process {
     /// A connection of one's own.
     pub async fn channel(&self) -> Channel {
         Channel::from_shared(self.address.clone()).expect("an address").connect().await.expect("a connection")
+    }
+
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        self.address.rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port")
     }
 
     pub fn id(&self) -> u32 {

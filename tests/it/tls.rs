@@ -12,10 +12,10 @@ use tonic::{
 use crate::world::{Backend, World, eventually, keyward, runtime};
 
 /// A certificate authority of the test's own.
-struct Authority(CertifiedIssuer<'static, KeyPair>);
+pub struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 impl Authority {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let mut params = CertificateParams::new(Vec::new()).expect("no names");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         Self(CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("a certificate"))
@@ -33,6 +33,11 @@ impl Authority {
         self.issue(SanType::DnsName("localhost".try_into().expect("a name")))
     }
 
+    /// Of the client that [`settings`] take as `default/gateway`.
+    pub fn gateway(&self) -> (String, String) {
+        self.issue(SanType::DnsName("gateway.internal".try_into().expect("a name")))
+    }
+
     fn pem(&self) -> String {
         self.0.pem()
     }
@@ -43,29 +48,38 @@ fn write(folder: &Path, (cert, key): &(String, String)) {
     fs::write(folder.join("key.pem"), key).expect("writable");
 }
 
-/// A world that speaks TLS with a certificate of this authority, and knows its clients.
-async fn world(authority: &Authority) -> World {
-    let mut world = World::unstarted(Backend::Sqlite).await;
-    let folder = world.folder.path().to_owned();
-    write(&folder, &authority.server());
+/// The settings of a server with a certificate of this authority, which knows its clients. The files are made.
+pub fn settings(authority: &Authority, folder: &Path) -> [(&'static str, String); 4] {
+    write(folder, &authority.server());
     fs::write(folder.join("ca.pem"), authority.pem()).expect("writable");
     let path = |name: &str| folder.join(name).display().to_string();
-    world.settings.extend([
+    [
         ("tls_cert", path("cert.pem")),
         ("tls_key", path("key.pem")),
         ("tls_client_ca", path("ca.pem")),
         ("tls_client_map", "gateway.internal=default/gateway keyward:validate; spiffe://prod/ops=default/ops keyward:admin".to_owned()),
-    ]);
+    ]
+}
+
+/// A world that speaks TLS with a certificate of this authority, and knows its clients.
+async fn world(authority: &Authority) -> World {
+    let mut world = World::unstarted(Backend::Sqlite).await;
+    let settings = settings(authority, world.folder.path());
+    world.settings.extend(settings);
     world.start_server().await;
     world
 }
 
 async fn connect(world: &World, authority: &Authority, identity: Option<&(String, String)>) -> Result<Channel, tonic::transport::Error> {
+    connect_to(world.server().address().port(), authority, identity).await
+}
+
+pub async fn connect_to(port: u16, authority: &Authority, identity: Option<&(String, String)>) -> Result<Channel, tonic::transport::Error> {
     let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(authority.pem())).domain_name("localhost");
     if let Some((cert, key)) = identity {
         tls = tls.identity(Identity::from_pem(cert, key));
     }
-    let address = format!("https://localhost:{}", world.server().address().port());
+    let address = format!("https://localhost:{port}");
     Channel::from_shared(address).expect("an address").tls_config(tls).expect("good settings").connect().await
 }
 
@@ -87,8 +101,7 @@ fn tokens_and_certificates_identify_callers() {
         assert_eq!(who_am_i(plain.clone(), Some(&root)).await.expect("a token will do").principal, "root");
         assert_eq!(who_am_i(plain, None).await.expect_err("neither").code(), Code::Unauthenticated);
 
-        let gateway = authority.issue(SanType::DnsName("gateway.internal".try_into().expect("a name")));
-        let channel = connect(&world, &authority, Some(&gateway)).await.expect("a connection");
+        let channel = connect(&world, &authority, Some(&authority.gateway())).await.expect("a connection");
         let me = who_am_i(channel.clone(), None).await.expect("known");
         assert_eq!((me.principal.as_str(), me.scopes, me.token), ("gateway", vec!["keyward:validate".to_owned()], None));
         let actor = crate::world::Actor { channel: channel.clone(), token: None };
@@ -108,7 +121,7 @@ fn tokens_and_certificates_identify_callers() {
         let unknown = authority.issue(SanType::DnsName("somebody.else".try_into().expect("a name")));
         let channel = connect(&world, &authority, Some(&unknown)).await.expect("a connection");
         assert_eq!(who_am_i(channel, None).await.expect_err("maps to nobody").code(), Code::Unauthenticated);
-        let stranger = Authority::new().issue(SanType::DnsName("gateway.internal".try_into().expect("a name")));
+        let stranger = Authority::new().gateway();
         let refused = match connect(&world, &authority, Some(&stranger)).await {
             Err(_) => true,
             // TLS 1.3 tells a client of its refusal only after the handshake.
