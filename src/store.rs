@@ -57,6 +57,8 @@ const WORK_TIMEOUT: Duration = Duration::from_secs(8);
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(6);
 const POSTGRES_CONNECTIONS: u32 = 16;
 const SQLITE_READERS: u32 = 6;
+/// Of each connection. The tokens of a workspace lie apart when there are many workspaces: a thousand of them, each on a page of its own, find room.
+const SQLITE_CACHE_KIB: &str = "-8192";
 /// SQLite 3.7.0 to 3.51.2 can corrupt a database when its WAL is reset.
 const SQLITE_VERSION_MIN: (u32, u32, u32) = (3, 51, 3);
 /// "keyward" in a PostgreSQL advisory lock: one for migrations, one for serving.
@@ -486,6 +488,7 @@ fn sqlite_options(path: &Path, connections: u32, read_only: bool) -> ConnectOpti
                 .journal_mode(SqliteJournalMode::Wal)
                 .synchronous(SqliteSynchronous::Full)
                 .busy_timeout(ACQUIRE_TIMEOUT)
+                .pragma("cache_size", SQLITE_CACHE_KIB)
                 .optimize_on_close(!read_only, None)
         });
     options
