@@ -209,6 +209,10 @@ INSERT INTO prefix (prefix, workspace) SELECT prefix, id FROM workspace;
 ALTER TABLE principal ADD COLUMN email {text} NOT NULL DEFAULT '';
 ALTER TABLE principal ADD COLUMN role SMALLINT NOT NULL DEFAULT 1;
 
+-- With the name at its end, a text is looked for in names without a look at each token.
+DROP INDEX token_by_create_time;
+CREATE INDEX token_by_create_time ON token (workspace, kind, create_time, id, display_name) WHERE delete_time IS NULL;
+
 ALTER TABLE token ADD COLUMN is_root BOOLEAN NOT NULL DEFAULT FALSE;
 UPDATE token SET is_root = TRUE WHERE ' ' || scopes || ' ' LIKE '% keyward:root %';
 CREATE INDEX token_by_root ON token (id) WHERE is_root;
