@@ -20,10 +20,12 @@
     reason = "a test fails by panicking, waits by the real clock, and reads best in one piece"
 )]
 
+mod acts;
 mod cli;
 mod clients;
 mod contract;
 mod crash;
+mod domain;
 mod equivalence;
 mod limits;
 mod plans;

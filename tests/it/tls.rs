@@ -9,13 +9,13 @@ use tonic::{
     transport::{Certificate, Channel, ClientTlsConfig, Identity},
 };
 
-use crate::world::{Backend, World, eventually, keyward, runtime};
+use crate::world::{Actor, Backend, World, eventually, keyward, runtime};
 
 /// A certificate authority of the test's own.
-struct Authority(CertifiedIssuer<'static, KeyPair>);
+pub struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 impl Authority {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let mut params = CertificateParams::new(Vec::new()).expect("no names");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         Self(CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("a certificate"))
@@ -36,6 +36,17 @@ impl Authority {
     fn pem(&self) -> String {
         self.0.pem()
     }
+
+    /// A connection without a client certificate.
+    pub async fn channel(&self, world: &World) -> Channel {
+        connect(world, self, None).await.expect("a connection")
+    }
+
+    /// Whoever comes with a certificate of this name.
+    pub async fn actor(&self, world: &World, name: &str) -> Actor {
+        let identity = self.issue(SanType::DnsName(name.try_into().expect("a name")));
+        Actor { channel: connect(world, self, Some(&identity)).await.expect("a connection"), token: None }
+    }
 }
 
 fn write(folder: &Path, (cert, key): &(String, String)) {
@@ -45,7 +56,13 @@ fn write(folder: &Path, (cert, key): &(String, String)) {
 
 /// A world that speaks TLS with a certificate of this authority, and knows its clients.
 async fn world(authority: &Authority) -> World {
-    let mut world = World::unstarted(Backend::Sqlite).await;
+    let clients = "gateway.internal=default/gateway keyward:validate; spiffe://prod/ops=default/ops keyward:admin";
+    secured(authority, Backend::Sqlite, clients).await
+}
+
+/// As [`world`], with these clients.
+pub async fn secured(authority: &Authority, backend: Backend, clients: &str) -> World {
+    let mut world = World::unstarted(backend).await;
     let folder = world.folder.path().to_owned();
     write(&folder, &authority.server());
     fs::write(folder.join("ca.pem"), authority.pem()).expect("writable");
@@ -54,7 +71,7 @@ async fn world(authority: &Authority) -> World {
         ("tls_cert", path("cert.pem")),
         ("tls_key", path("key.pem")),
         ("tls_client_ca", path("ca.pem")),
-        ("tls_client_map", "gateway.internal=default/gateway keyward:validate; spiffe://prod/ops=default/ops keyward:admin".to_owned()),
+        ("tls_client_map", clients.to_owned()),
     ]);
     world.start_server().await;
     world
