@@ -27,6 +27,7 @@ mod contract;
 mod crash;
 mod domain;
 mod equivalence;
+mod keeping;
 mod limits;
 mod plans;
 mod process;
