@@ -106,7 +106,7 @@ impl Issuer {
                 tx.workspace(&workspace).await?.ok_or(Error::NotFound("workspace"))?;
                 let principal = Some(&*caller.principal).filter(|_| !caller.is_admin());
                 let live = tx.live_session(&workspace, &session_id, principal, now).await?;
-                for (token, _) in live.iter().filter(|_| !is_own) {
+                for (token, _) in live.iter().filter(|(token, _)| !is_own || *token.principal != *caller.principal) {
                     caller.outranks(&token.scopes)?;
                 }
                 let watch = watch_root(&tx, live.iter().map(|(token, _)| token), now).await?;

@@ -122,7 +122,7 @@ async fn ended_tokens_stay_for_their_time_and_go(world: World) {
     world.add_workspace("shop", "shop").await;
     let theirs = world.actor_in("shop", "ann", &["keyward:self"]).await;
     for _ in 0..3 {
-        theirs.temporary("s", &[]).await.expect("issued");
+        theirs.create_own(proto::CreateMyTokenRequest { display_name: "t".to_owned(), ..Default::default() }).await.expect("created");
     }
     let theirs = theirs.token.expect("a token");
     world.advance(DAY);
@@ -235,7 +235,7 @@ async fn audit_events_go_by_their_own_time(mut world: World) {
     eventually("the first events go", async || (rows(1).await == 0).then_some(())).await;
     assert_eq!(about().await, ["RevokeToken", "DeactivateToken"]);
     assert_eq!(root.get(&token.id).await.expect("tokens have their own time").state(), TokenState::Revoked);
-    world.advance(2 * DAY);
+    world.advance(3 * DAY);
     eventually("all of them go", async || about().await.is_empty().then_some(())).await;
     assert_eq!(rows(4).await, 0);
     assert!(world.metric("keyward_removed_total{kind=\"audit_event\"}").await >= 4.0, "{}", removed(&world).await);
