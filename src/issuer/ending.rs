@@ -165,7 +165,7 @@ fn check_report(texts: &[String]) -> Result<()> {
     if !(1..=REPORTED_MAX).contains(&texts.len()) {
         violations.add("tokens", format!("must hold 1 to {REPORTED_MAX} entries; it has {}", texts.len()));
     }
-    for (index, _) in texts.iter().enumerate().filter(|(_, text)| text.len() > REPORTED_CHARS_MAX).take(REPORTED_MAX) {
+    for (index, _) in texts.iter().enumerate().filter(|(_, text)| text.chars().count() > REPORTED_CHARS_MAX).take(REPORTED_MAX) {
         violations.add(format!("tokens[{index}]"), format!("must be at most {REPORTED_CHARS_MAX} characters"));
     }
     violations.finish()
