@@ -29,6 +29,7 @@ mod domain;
 mod equivalence;
 mod keeping;
 mod limits;
+mod people;
 mod plans;
 mod process;
 mod proxy;
