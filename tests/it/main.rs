@@ -33,6 +33,7 @@ mod people;
 mod plans;
 mod process;
 mod proxy;
+mod rows;
 mod secrets;
 mod self_service;
 mod startup;
