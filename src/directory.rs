@@ -144,10 +144,10 @@ impl Directory {
         self.fence
             .run(async move {
                 let mut tx = directory.store.begin_change().await?;
+                claim_prefix(&tx, &workspace).await?;
                 if !tx.insert_workspace(&workspace).await? {
                     return Err(Error::Exists("workspace with this id"));
                 }
-                claim_prefix(&tx, &workspace).await?;
                 tx.audit([event("CreateWorkspace", &caller, &workspace.id, "", None, Some(&workspace), now)]).await?;
                 directory.fence.conclude(tx, now).await?;
                 Ok(workspace)
