@@ -513,6 +513,7 @@ async fn row_15_each_application_has_a_token_that_is_tracked_and_revoked_alone(w
         .await;
         assert_eq!((tracked.use_count, tracked.last_used_ip), (index as i64 + 1, format!("10.0.0.{index}")));
     }
+    world.advance(Duration::from_secs(1));
     admin.revoke(&applications[1].0.id).await.expect("done");
     let secrets: Vec<&str> = applications.iter().map(|(_, secret)| secret.as_str()).collect();
     assert_eq!(validator.verdicts(&secrets).await, [Verdict::Valid, Verdict::Revoked, Verdict::Valid]);
