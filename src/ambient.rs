@@ -60,6 +60,14 @@ impl std::ops::Sub<Duration> for Time {
     }
 }
 
+impl fmt::Display for Time {
+    /// RFC 3339, in UTC.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let nanos = i32::try_from(self.0.rem_euclid(1_000_000) * 1000).unwrap_or(0);
+        prost_types::Timestamp { seconds: self.0.div_euclid(1_000_000), nanos }.fmt(f)
+    }
+}
+
 impl fmt::Debug for Time {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}µs", self.0)

@@ -92,9 +92,11 @@ impl Audit {
     /// Takes note of a refused call, if there is room; says whether there was.
     pub fn refused(&self, refusal: Refusal) -> bool {
         let mut sample = self.sample.lock();
-        let since = *sample.since.get_or_insert(refusal.time);
+        // A clock that was set back begins anew.
+        let since = sample.since.filter(|since| *since <= refusal.time).unwrap_or(refusal.time);
         let elapsed = u64::try_from(refusal.time.micros().saturating_sub(since.micros())).unwrap_or(0);
         let earned = elapsed / u64::try_from(REFUSAL_INTERVAL.as_micros()).unwrap_or(u64::MAX);
+        sample.since = Some(since);
         if earned > 0 {
             sample.room = sample.room.saturating_add(u32::try_from(earned).unwrap_or(u32::MAX)).min(REFUSALS_MAX);
             sample.since = Some(refusal.time);
@@ -139,7 +141,7 @@ impl Audit {
         let after = some(request.page_token).and_then(|text| violations.take("page_token", self.open_page(&purpose, &text)));
         violations.finish()?;
         let limit = limit.ok_or_else(|| Error::Internal("a violation was lost".into()))?;
-        if *filter.workspace != *caller.workspace && self.store.workspace(&filter.workspace).await?.is_none() {
+        if *filter.workspace != *caller.workspace && self.store.brief(&filter.workspace).await?.is_none() {
             return Err(Error::NotFound("workspace"));
         }
         let after = after.as_ref().map(|(time, id)| (*time, id.as_str()));

@@ -33,7 +33,7 @@ use crate::{
     scope::{Right, Scope},
     store::{AuditEvent, Store, Tx},
     token::{Digest, Issued, Keyring, Prefix, Secret, TokenId},
-    workspace::{Policy, Principal, Workspace},
+    workspace::{Brief, Policy, Principal, Workspace},
 };
 
 /// What a new token shall be, as it was asked for.
@@ -168,7 +168,8 @@ impl Issuer {
     pub async fn recover(&self, now: Time) -> Result<Secret> {
         let first = self.store.workspaces(None, 1).await?.pop();
         let mut tx = self.store.begin_change().await?;
-        let workspace = tx.workspace("default").await?.or(first).ok_or(Error::NotFound("workspace"))?;
+        let id = if tx.brief("default").await?.is_some() { "default" } else { first.as_ref().map_or("", |first| first.id.as_str()) };
+        let workspace = tx.workspace(id).await?.ok_or(Error::NotFound("workspace"))?;
         if workspace.suspended {
             tx.update_workspace(&Workspace { suspended: false, version: workspace.version + 1, ..workspace.clone() }).await?;
         }
@@ -280,7 +281,7 @@ impl Issuer {
         request: &RequestId,
         now: Time,
     ) -> Result<(Token, Secret)> {
-        let workspace = self.store.workspace(caller.workspace(&new.workspace)?).await?.ok_or(Error::NotFound("workspace"))?;
+        let workspace = self.store.brief(caller.workspace(&new.workspace)?).await?.ok_or(Error::NotFound("workspace"))?;
         let drafted = match draft(caller, new, &workspace, request, now) {
             Err(error) if !request.is_named() => return Err(error),
             drafted => drafted,
@@ -343,7 +344,7 @@ impl Issuer {
     /// The policy that a token's end is moved within.
     async fn policy(&self, caller: &Caller, id: &str) -> Result<Policy> {
         let token = self.get(caller, id).await?;
-        Ok(self.store.workspace(&token.workspace).await?.ok_or(Error::NotFound("workspace"))?.policy)
+        Ok(self.store.brief(&token.workspace).await?.ok_or(Error::NotFound("workspace"))?.policy)
     }
 
     /// Switches a token on.
@@ -467,7 +468,7 @@ impl Issuer {
         check_etag(&token, target)?;
         require_live(&token, now)?;
         let grace_time = rules::grace_time(grace, token.expire_time, now).map_err(|rule| Error::invalid("grace", rule))?;
-        let workspace = tx.workspace(&token.workspace).await?.ok_or(Error::NotFound("workspace"))?;
+        let workspace = tx.brief(&token.workspace).await?.ok_or(Error::NotFound("workspace"))?;
         let Issued { secret, digest } = self.keyring.issue(&workspace.prefix)?;
         let before = token.clone();
         token.hint = secret.hint();
@@ -620,7 +621,7 @@ async fn end_watch(watch: Option<RootWatch>, tx: &Tx<'_>, now: Time) -> Result<(
 }
 
 /// The token that is asked for, without its secret.
-fn draft(caller: &Caller, new: NewToken, workspace: &Workspace, request: &RequestId, now: Time) -> Result<Token> {
+fn draft(caller: &Caller, new: NewToken, workspace: &Brief, request: &RequestId, now: Time) -> Result<Token> {
     let kind = if new.temporary { Kind::Temporary } else { Kind::Permanent };
     let principal = if new.principal.is_empty() { caller.principal.to_string() } else { new.principal };
     let mut violations = new.violations;
@@ -716,7 +717,8 @@ fn settings(token: &Token) -> Value {
         "allowed_cidrs": token.allowed_cidrs.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "metadata": token.metadata,
         "session_id": token.session_id,
-        "expire_time_micros": (token.expire_time != Time::NEVER).then(|| token.expire_time.micros()),
+        "expire_time": (token.expire_time != Time::NEVER).then(|| token.expire_time.to_string()),
+        "revoke_reason": token.revoke_reason,
         "version": token.version,
     })
 }

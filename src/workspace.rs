@@ -35,6 +35,19 @@ pub struct Workspace {
     pub version: i64,
 }
 
+/// What the creation of a token needs to know of its workspace.
+#[derive(Clone, Debug)]
+pub struct Brief {
+    /// Its id.
+    pub id: String,
+    /// What new tokens begin with.
+    pub prefix: Prefix,
+    /// What may be created in it.
+    pub policy: Policy,
+    /// Whether every token of it is refused.
+    pub suspended: bool,
+}
+
 impl Workspace {
     /// What the audit keeps of it, and what tells whether a change changes anything.
     #[must_use]

@@ -66,7 +66,7 @@ impl Directory {
 
     async fn upsert_now(self: &Arc<Self>, caller: &Caller, wished: Principal, etag: &str, now: Time) -> Result<(Principal, bool)> {
         let mut tx = self.store.begin_change().await?;
-        tx.workspace(&wished.workspace).await?.ok_or(Error::NotFound("workspace"))?;
+        tx.brief(&wished.workspace).await?.ok_or(Error::NotFound("workspace"))?;
         let before = tx.principal(&wished.workspace, &wished.id).await?;
         match &before {
             Some(before) => check_etag(before.version, etag)?,
@@ -106,7 +106,7 @@ impl Directory {
     pub async fn principal(&self, caller: &Caller, target: &PrincipalTarget) -> Result<Principal> {
         let workspace = caller.workspace(&target.workspace)?;
         let id = rules::principal(&target.id).map_err(|rule| Error::invalid("id", rule))?;
-        self.store.workspace(workspace).await?.ok_or(Error::NotFound("workspace"))?;
+        self.store.brief(workspace).await?.ok_or(Error::NotFound("workspace"))?;
         self.store.principal(workspace, &id).await?.ok_or(Error::NotFound("principal"))
     }
 
@@ -126,7 +126,7 @@ impl Directory {
         let purpose = token::fingerprint(&[b"principals", workspace.as_bytes(), query.as_bytes()]);
         let query = violations.take("query", rules::query(query)).unwrap_or_default();
         let (limit, after) = self.open_page(&purpose, &page, violations)?;
-        self.store.workspace(workspace).await?.ok_or(Error::NotFound("workspace"))?;
+        self.store.brief(workspace).await?.ok_or(Error::NotFound("workspace"))?;
         let query = Some(query.as_str()).filter(|query| !query.is_empty());
         let found = self.store.principals(workspace, query, after.as_deref(), limit + 1).await?;
         self.cut(&purpose, found, limit, |principal| &principal.id)
@@ -222,7 +222,7 @@ impl Directory {
 
     /// The principal, if the caller may decide about all that its tokens hold.
     async fn find(&self, tx: &Tx<'_>, caller: &Caller, workspace: &str, target: &PrincipalTarget, now: Time) -> Result<Principal> {
-        tx.workspace(workspace).await?.ok_or(Error::NotFound("workspace"))?;
+        tx.brief(workspace).await?.ok_or(Error::NotFound("workspace"))?;
         let found = tx.principal(workspace, &target.id).await?.ok_or(Error::NotFound("principal"))?;
         for (token, _) in tx.live_tokens(workspace, &target.id, now).await? {
             caller.outranks(&token.scopes)?;

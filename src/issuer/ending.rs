@@ -67,7 +67,7 @@ impl Issuer {
         self.fence
             .run(async move {
                 let mut tx = issuer.store.begin_change().await?;
-                tx.workspace(&workspace).await?.ok_or(Error::NotFound("workspace"))?;
+                tx.brief(&workspace).await?.ok_or(Error::NotFound("workspace"))?;
                 let live = tx.live_tokens(&workspace, &principal, now).await?;
                 for (token, _) in &live {
                     caller.outranks(&token.scopes)?;
@@ -103,7 +103,7 @@ impl Issuer {
         self.fence
             .run(async move {
                 let mut tx = issuer.store.begin_change().await?;
-                tx.workspace(&workspace).await?.ok_or(Error::NotFound("workspace"))?;
+                tx.brief(&workspace).await?.ok_or(Error::NotFound("workspace"))?;
                 let principal = Some(&*caller.principal).filter(|_| !caller.is_admin());
                 let live = tx.live_session(&workspace, &session_id, principal, now).await?;
                 for (token, _) in live.iter().filter(|(token, _)| !is_own || *token.principal != *caller.principal) {

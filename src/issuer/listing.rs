@@ -80,7 +80,7 @@ impl Issuer {
         let (Some(order), Some(limit)) = (order, limit) else {
             return Err(Error::Internal("a violation was lost".into()));
         };
-        if *filter.workspace != *caller.workspace && self.store.workspace(&filter.workspace).await?.is_none() {
+        if *filter.workspace != *caller.workspace && self.store.brief(&filter.workspace).await?.is_none() {
             return Err(Error::NotFound("workspace"));
         }
         let mut tokens = self.store.tokens(&filter, order, after.as_ref(), limit + 1, now).await?;

@@ -5,8 +5,8 @@ use std::time::Duration;
 use sea_orm::{
     ActiveModelTrait as _,
     ActiveValue::Set,
-    ColumnTrait as _, ConnectionTrait as _, EntityTrait as _, ExprTrait as _, IntoActiveModel as _, QueryFilter as _, QueryOrder as _,
-    QuerySelect as _, Statement,
+    ColumnTrait as _, ConnectionTrait as _, EntityTrait as _, ExprTrait as _, FromQueryResult, IntoActiveModel as _, Iterable as _,
+    QueryFilter as _, QueryOrder as _, QuerySelect as _, Statement,
     sea_query::{Condition, Expr, Func, LikeExpr, LockType, OnConflict},
 };
 use serde_json::{Value, json};
@@ -21,7 +21,7 @@ use crate::{
     error::Result,
     grant::{Kind, Subject},
     scope::{Operation, Resource},
-    workspace::{Policy, Principal, PrincipalKind, Role, Workspace},
+    workspace::{Brief, Policy, Principal, PrincipalKind, Role, Workspace},
 };
 
 impl Store {
@@ -34,6 +34,15 @@ impl Store {
         row.map(workspace_of).transpose()
     }
 
+    /// What the creation of a token needs to know of a workspace, if it was not deleted. Lists do not keep it waiting.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Overloaded`.
+    pub async fn brief(&self, id: &str) -> Result<Option<Brief>> {
+        let row = self.bounded("workspace", &self.facts_permits, brief_workspace(id).one(&self.reader)).await?;
+        row.map(brief_of).transpose()
+    }
+
     /// What can be reached with the tokens of a workspace; nothing if it was deleted. For judging tokens.
     ///
     /// # Errors
@@ -43,7 +52,7 @@ impl Store {
         row.map_or(Ok(Vec::new()), |row| resources_of(&row.resources))
     }
 
-    /// A page of workspaces by id, at most `limit`, those after the given one if there is one.
+    /// A page of workspaces by id, without their resources, at most `limit`, those after the given one if there is one.
     ///
     /// # Errors
     /// `Unavailable`, `Overloaded`.
@@ -51,6 +60,7 @@ impl Store {
         let condition =
             Condition::all().add(workspace::Column::DeleteTime.is_null()).add_option(after.map(|id| workspace::Column::Id.gt(id)));
         let query = workspace::Entity::find().filter(condition).order_by_asc(workspace::Column::Id).limit(limit);
+        let query = without_resources(query).column_as(Expr::val("[]"), "resources").into_model::<workspace::Model>();
         let rows = self.reading("workspaces", query.all(&self.reader)).await?;
         rows.into_iter().map(workspace_of).collect()
     }
@@ -61,7 +71,7 @@ impl Store {
     /// `Unavailable`, `Overloaded`.
     pub async fn principal(&self, workspace: &str, id: &str) -> Result<Option<Principal>> {
         let query = principal::Entity::find_by_id((workspace.to_owned(), id.to_owned()));
-        let row = self.reading("principal", query.one(&self.reader)).await?;
+        let row = self.bounded("principal", &self.facts_permits, query.one(&self.reader)).await?;
         row.map(principal_of).transpose()
     }
 
@@ -117,6 +127,15 @@ impl Tx<'_> {
     pub async fn workspace(&self, id: &str) -> Result<Option<Workspace>> {
         let row = self.bounded(standing_workspace(id).one(self.inner())).await?;
         row.map(workspace_of).transpose()
+    }
+
+    /// As [`Store::brief`].
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn brief(&self, id: &str) -> Result<Option<Brief>> {
+        let row = self.bounded(brief_workspace(id).one(self.inner())).await?;
+        row.map(brief_of).transpose()
     }
 
     /// Adds a workspace; says whether its id was free.
@@ -272,6 +291,47 @@ fn standing_workspace(id: &str) -> sea_orm::Select<workspace::Entity> {
     workspace::Entity::find_by_id(id.to_owned()).filter(workspace::Column::DeleteTime.is_null())
 }
 
+/// A workspace as [`Brief`]: its resources may be large.
+#[derive(FromQueryResult)]
+struct BriefRow {
+    id: String,
+    prefix: String,
+    suspended: bool,
+    default_ttl_seconds: i64,
+    max_permanent_ttl_seconds: i64,
+    max_temporary_ttl_seconds: i64,
+    allow_never: bool,
+    permanent_requires_admin: bool,
+    principals_on_first_use: bool,
+    max_tokens_per_principal: i64,
+}
+
+fn brief_workspace(id: &str) -> sea_orm::Selector<sea_orm::SelectModel<BriefRow>> {
+    without_resources(standing_workspace(id)).into_model::<BriefRow>()
+}
+
+fn without_resources(query: sea_orm::Select<workspace::Entity>) -> sea_orm::Select<workspace::Entity> {
+    query.select_only().columns(workspace::Column::iter().filter(|column| !matches!(column, workspace::Column::Resources)))
+}
+
+fn brief_of(row: BriefRow) -> Result<Brief> {
+    Ok(Brief {
+        prefix: row.prefix.parse().map_err(|_| damaged("workspace.prefix"))?,
+        policy: Policy {
+            default_ttl: span(row.default_ttl_seconds)?,
+            max_permanent_ttl: span(row.max_permanent_ttl_seconds)?,
+            max_temporary_ttl: span(row.max_temporary_ttl_seconds)?,
+            allow_never: row.allow_never,
+            permanent_requires_admin: row.permanent_requires_admin,
+            principals_on_first_use: row.principals_on_first_use,
+            max_tokens_per_principal: u32::try_from(row.max_tokens_per_principal)
+                .map_err(|_| damaged("workspace.max_tokens_per_principal"))?,
+        },
+        id: row.id,
+        suspended: row.suspended,
+    })
+}
+
 /// Whether a column holds a text, whatever its case in ASCII letters.
 pub(super) fn holds(column: Expr, text: &str) -> Expr {
     let literal = text.to_ascii_lowercase().replace('\\', r"\\").replace('%', r"\%").replace('_', r"\_");
@@ -287,26 +347,22 @@ fn span(seconds: i64) -> Result<Duration> {
 }
 
 fn workspace_of(row: workspace::Model) -> Result<Workspace> {
-    Ok(Workspace {
-        prefix: row.prefix.parse().map_err(|_| damaged("workspace.prefix"))?,
-        policy: Policy {
-            default_ttl: span(row.default_ttl_seconds)?,
-            max_permanent_ttl: span(row.max_permanent_ttl_seconds)?,
-            max_temporary_ttl: span(row.max_temporary_ttl_seconds)?,
-            allow_never: row.allow_never,
-            permanent_requires_admin: row.permanent_requires_admin,
-            principals_on_first_use: row.principals_on_first_use,
-            max_tokens_per_principal: u32::try_from(row.max_tokens_per_principal)
-                .map_err(|_| damaged("workspace.max_tokens_per_principal"))?,
-        },
-        resources: resources_of(&row.resources)?,
+    let resources = resources_of(&row.resources)?;
+    let (display_name, version) = (row.display_name.clone(), row.version);
+    let (create_time, update_time) = (Time::from_micros(row.create_time), Time::from_micros(row.update_time));
+    let Brief { id, prefix, policy, suspended } = brief_of(BriefRow {
         id: row.id,
-        display_name: row.display_name,
+        prefix: row.prefix,
         suspended: row.suspended,
-        create_time: Time::from_micros(row.create_time),
-        update_time: Time::from_micros(row.update_time),
-        version: row.version,
-    })
+        default_ttl_seconds: row.default_ttl_seconds,
+        max_permanent_ttl_seconds: row.max_permanent_ttl_seconds,
+        max_temporary_ttl_seconds: row.max_temporary_ttl_seconds,
+        allow_never: row.allow_never,
+        permanent_requires_admin: row.permanent_requires_admin,
+        principals_on_first_use: row.principals_on_first_use,
+        max_tokens_per_principal: row.max_tokens_per_principal,
+    })?;
+    Ok(Workspace { id, display_name, prefix, policy, resources, suspended, create_time, update_time, version })
 }
 
 fn row_of_workspace(workspace: &Workspace) -> workspace::Model {

@@ -20,14 +20,15 @@ pub struct Expendable {
 }
 
 impl Store {
-    /// Tokens that expired, were revoked or were deleted before an instant; at most `limit`.
+    /// Tokens that expired, were revoked or were deleted, whatever of it came last, before an instant; at most `limit`.
     ///
     /// # Errors
     /// `Unavailable`, `Overloaded`.
     pub async fn ended_tokens(&self, before: Time, limit: u64) -> Result<Vec<Expendable>> {
         for condition in [
-            "expire_time <= $1 AND expire_time < 9223372036854775807 ORDER BY expire_time",
-            "revoke_time <= $1 AND revoke_time IS NOT NULL ORDER BY revoke_time",
+            "expire_time <= $1 AND expire_time < 9223372036854775807 AND COALESCE(revoke_time, 0) <= $1 AND COALESCE(delete_time, 0) <= $1 \
+             ORDER BY expire_time",
+            "revoke_time <= $1 AND revoke_time IS NOT NULL AND COALESCE(delete_time, 0) <= $1 ORDER BY revoke_time",
             "delete_time <= $1 AND delete_time IS NOT NULL ORDER BY delete_time",
         ] {
             let found = self.expendable(condition, before.micros().into(), limit).await?;

@@ -46,7 +46,7 @@ mod postgres {
 }
 
 /// What would be half a change: each counts the rows that must not be there, among those that changed since `{since}`.
-const HALVES: [(&str, &str); 10] = [
+const HALVES: [(&str, &str); 11] = [
     (
         "a token without one audit row for each of its versions",
         "SELECT COUNT(*) FROM token t WHERE t.update_time >= {since} AND t.version <> (SELECT COUNT(*) FROM audit_event a WHERE a.token_id = t.id)",
@@ -54,7 +54,7 @@ const HALVES: [(&str, &str); 10] = [
     (
         "an audit row without its token",
         "SELECT COUNT(*) FROM audit_event a WHERE a.workspace = 'default' AND a.event_time >= {since} \
-         AND NOT EXISTS (SELECT 1 FROM token t WHERE t.id = a.token_id)",
+         AND a.token_id IS NOT NULL AND NOT EXISTS (SELECT 1 FROM token t WHERE t.id = a.token_id)",
     ),
     (
         "a revoked token without its time, or the reverse",
@@ -70,6 +70,11 @@ const HALVES: [(&str, &str); 10] = [
          AND NOT EXISTS (SELECT 1 FROM principal p WHERE p.workspace = t.workspace AND p.id = t.principal)",
     ),
     (
+        "a principal that was made without an audit row",
+        "SELECT COUNT(*) FROM principal p WHERE p.create_time >= {since} AND p.id <> 'root' AND NOT EXISTS (SELECT 1 FROM audit_event a \
+         WHERE a.workspace = p.workspace AND a.principal = p.id AND a.token_id IS NULL AND a.code = 'OK')",
+    ),
+    (
         "a token whose audiences are not all listed",
         "SELECT COUNT(*) FROM token t WHERE t.update_time >= {since} AND (SELECT COUNT(*) FROM token_audience a WHERE a.token_id = t.id) <> \
          CASE WHEN audiences = '' THEN 0 ELSE LENGTH(audiences) - LENGTH(REPLACE(audiences, ' ', '')) + 1 END",
@@ -81,7 +86,7 @@ const HALVES: [(&str, &str); 10] = [
     ),
     (
         "a change number without its audit row, or the reverse",
-        "SELECT COUNT(*) FROM change_head WHERE seq <> (SELECT COUNT(*) FROM audit_event WHERE method <> 'CreateToken')",
+        "SELECT COUNT(*) FROM change_head WHERE seq <> (SELECT COUNT(*) FROM audit_event WHERE method <> 'CreateToken' AND code = 'OK')",
     ),
     (
         "a change number without its log row, or the reverse",
@@ -530,7 +535,8 @@ impl Ledger {
         };
         let tokens = rows(db, &sql).await.iter().map(|row| (word(row, 0), token(row))).collect();
         let sql = format!(
-            "SELECT token_id, method, after FROM audit_event WHERE workspace = 'default' AND event_time >= {since} AND principal LIKE 'client-%'"
+            "SELECT token_id, method, after FROM audit_event WHERE workspace = 'default' AND event_time >= {since} AND principal LIKE 'client-%' \
+             AND token_id IS NOT NULL"
         );
         let mut audit: HashMap<String, BTreeMap<_, _>> = HashMap::new();
         for row in rows(db, &sql).await {

@@ -201,7 +201,8 @@ async fn ended_tokens_stay_for_their_time_and_go(world: World) {
     assert_eq!(refusal(root.principal("shop", "ann").await), Code::NotFound, "nobody came back");
     assert_eq!(root.verdict(&theirs).await, Verdict::Unknown);
     let events = admin.events(Asked { token_id: revoked.id.clone(), ..Default::default() }).await.expect("events");
-    assert_eq!(events.iter().map(|event| event.method.as_str()).collect::<Vec<_>>(), ["RevokeToken", "CreateToken"], "their audit stays");
+    let methods: BTreeSet<_> = events.iter().map(|event| event.method.as_str()).collect();
+    assert_eq!(methods, BTreeSet::from(["RevokeToken", "CreateToken"]), "their audit stays");
     assert_eq!(world.metric("keyward_removed_total{kind=\"token\"}").await, 8.0, "{}", removed(&world).await);
     assert_eq!(world.metric("keyward_removed_total{kind=\"workspace\"}").await, 1.0);
     assert_eq!(world.metric("keyward_removed_total{kind=\"audit_event\"}").await, 0.0);

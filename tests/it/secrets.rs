@@ -97,7 +97,7 @@ async fn search(backend: Backend) {
         assert!(dump.status.success() && dump.stdout.len() > 10_000, "{}", String::from_utf8_lossy(&dump.stderr));
         places.push(("the dump".to_owned(), dump.stdout));
     }
-    assert!(secrets.len() > 12);
+    assert!(secrets.len() > 16);
     for (place, contents) in &places {
         for secret in &secrets {
             // Nothing beyond the first 8 characters: not the whole, not the secret part, not the proof.
@@ -170,6 +170,31 @@ async fn exercise(admin: &Actor, secrets: &mut Vec<String>, answers: &mut String
     ] {
         note(format!("{:?}", status.expect_err("wrong")));
     }
+    let mine =
+        proto::CreateMyTokenRequest { display_name: "mine".to_owned(), request_id: format!("m{}", secrets.len()), ..Default::default() };
+    let mine = holder.own().create_my_token(holder.request(mine)).await.expect("created").into_inner().secret;
+    let passing = proto::IssueTemporaryTokenRequest { session_id: "s".to_owned(), ..Default::default() };
+    let passing = holder.own().issue_temporary_token(holder.request(passing)).await.expect("created").into_inner().secret;
+    let asked = proto::ValidateTokenRequest {
+        token: mine.clone(),
+        http_method: secret.clone(),
+        path: format!("/{secret}?token={secret}"),
+        ..Default::default()
+    };
+    note(format!("{:?}", admin.ask(asked).await.expect("an answer")));
+    for tokens in [vec![mine.clone(), format!("{mine}x"), secret[1..].to_owned()], vec![mine.repeat(9)], Vec::new()] {
+        let stranger = Actor { channel: admin.channel.clone(), token: None };
+        note(format!("{:?}", stranger.own().report_leaked_tokens(stranger.request(proto::ReportLeakedTokensRequest { tokens })).await));
+    }
+    let sheet = proto::Workspace { id: secret.clone(), prefix: secret.clone(), etag: secret.clone(), ..Default::default() };
+    note(format!("{:?}", admin.update_workspace(sheet, &["prefix", &secret]).await.expect_err("wrong")));
+    let person = proto::Principal { id: "p".to_owned(), email: secret.clone(), workspace: secret.clone(), ..Default::default() };
+    let person = proto::UpsertPrincipalRequest { principal: Some(person) };
+    note(format!("{:?}", admin.principals().upsert_principal(admin.request(person)).await.expect_err("wrong")));
+    let filter = proto::ListAuditEventsRequest { methods: vec![secret.clone()], token_id: secret.clone(), ..Default::default() };
+    note(format!("{:?}", admin.audit().list_audit_events(admin.request(filter)).await.expect_err("wrong")));
+    note(format!("{:?}", admin.audit().list_audit_events(admin.request(proto::ListAuditEventsRequest::default())).await.expect("a page")));
+    secrets.extend([mine, passing]);
     let request = proto::RegenerateSelfRequest::default();
     secrets.push(holder.own().regenerate_self(holder.request(request)).await.expect("done").into_inner().secret);
     let holder = Actor { channel: admin.channel.clone(), token: secrets.last().cloned() };
