@@ -24,6 +24,8 @@ use crate::{
     workspace::{Policy, Workspace},
 };
 
+const ID_MISSING: &str = "must name the workspace";
+
 /// One existing workspace, and what the caller has seen of it.
 #[derive(Clone, Debug)]
 pub struct WorkspaceTarget {
@@ -167,7 +169,7 @@ impl Directory {
     /// `Invalid`, `Unavailable`, `Overloaded`.
     pub async fn workspaces(&self, caller: &Caller, page: PageRequest) -> Result<(Vec<Workspace>, Option<String>)> {
         let purpose = token::fingerprint(&[b"workspaces"]);
-        let (limit, after) = self.open_page(&purpose, &page)?;
+        let (limit, after) = self.open_page(&purpose, &page, Violations::default())?;
         if let Some(own) = caller.management_reach() {
             return Ok((self.store.workspace(own).await?.into_iter().collect(), None));
         }
@@ -299,8 +301,7 @@ impl Directory {
             .await
     }
 
-    fn open_page(&self, purpose: &[u8], page: &PageRequest) -> Result<(u64, Option<String>)> {
-        let mut violations = Violations::default();
+    fn open_page(&self, purpose: &[u8], page: &PageRequest, mut violations: Violations) -> Result<(u64, Option<String>)> {
         let limit = violations.take("page_size", rules::page_size(page.size));
         let open = |text: &str| self.keyring.open_text(purpose, text).ok_or(rules::PAGE_TOKEN);
         let after = if page.token.is_empty() { None } else { violations.take("page_token", open(&page.token)) };
@@ -323,8 +324,9 @@ fn check(patch: WorkspacePatch, policy: Option<Policy>, mut violations: Violatio
     let name = |name: String| violations.take("workspace.display_name", rules::display_name(&name));
     let display_name = patch.display_name.and_then(name);
     let prefix = patch.prefix.and_then(|prefix| violations.take("workspace.prefix", prefix.parse::<Prefix>()));
-    if let Some(policy) = policy {
-        rules::policy("workspace.policy", &policy, &mut violations);
+    match policy {
+        Some(policy) => rules::policy("workspace.policy", &policy, &mut violations),
+        None => rules::policy_fields("workspace.policy", &patch.policy.apply(Policy::default()), &mut violations),
     }
     if let Some(resources) = &patch.resources
         && let Err(mistakes) = Routes::compile(resources)
@@ -347,8 +349,12 @@ async fn claim_prefix(tx: &Tx<'_>, workspace: &Workspace) -> Result<()> {
 
 /// Refuses what would shut the caller out, and reads the reason.
 fn not_own(caller: &Caller, target: &WorkspaceTarget, reason: &str) -> Result<String> {
-    required_id(target)?;
-    let reason = rules::reason(reason).map_err(|rule| Error::invalid("reason", rule))?;
+    let mut violations = Violations::default();
+    if target.id.is_empty() {
+        violations.add("id", ID_MISSING);
+    }
+    let reason = violations.take("reason", rules::reason(reason)).unwrap_or_default();
+    violations.finish()?;
     if *target.id == *caller.workspace {
         return Err(Error::precondition("this is the caller's own workspace: use a token of another one"));
     }
@@ -356,7 +362,7 @@ fn not_own(caller: &Caller, target: &WorkspaceTarget, reason: &str) -> Result<St
 }
 
 fn required_id(target: &WorkspaceTarget) -> Result<()> {
-    if target.id.is_empty() { Err(Error::invalid("id", "must name the workspace")) } else { Ok(()) }
+    if target.id.is_empty() { Err(Error::invalid("id", ID_MISSING)) } else { Ok(()) }
 }
 
 fn check_etag(version: i64, etag: &str) -> Result<()> {

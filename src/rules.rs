@@ -241,6 +241,15 @@ fn span(span: Duration) -> String {
 
 /// A policy: each field by itself, and those that must fit together. `path` is what comes before the names of its fields.
 pub fn policy(path: &str, policy: &Policy, violations: &mut Violations) {
+    policy_fields(path, policy, violations);
+    if policy.default_ttl > policy.max_permanent_ttl {
+        let rule = format!("must be at most max_permanent_ttl, which is {}: change both", span(policy.max_permanent_ttl));
+        violations.add(format!("{path}.default_ttl"), rule);
+    }
+}
+
+/// The fields of a policy, each by itself.
+pub fn policy_fields(path: &str, policy: &Policy, violations: &mut Violations) {
     let mut within = |field: &str, ttl: Duration, longest: Duration| {
         if !(LIFETIME_MIN..=longest).contains(&ttl) {
             violations.add(format!("{path}.{field}"), format!("must be from 1 second to {}", span(longest)));
@@ -249,10 +258,6 @@ pub fn policy(path: &str, policy: &Policy, violations: &mut Violations) {
     within("default_ttl", policy.default_ttl, PERMANENT_MAX);
     within("max_permanent_ttl", policy.max_permanent_ttl, PERMANENT_MAX);
     within("max_temporary_ttl", policy.max_temporary_ttl, TEMPORARY_MAX);
-    if policy.default_ttl > policy.max_permanent_ttl {
-        let rule = format!("must be at most max_permanent_ttl, which is {}: change both", span(policy.max_permanent_ttl));
-        violations.add(format!("{path}.default_ttl"), rule);
-    }
     if !(1..=TOKENS_PER_PRINCIPAL_MAX).contains(&policy.max_tokens_per_principal) {
         violations.add(format!("{path}.max_tokens_per_principal"), format!("must be 1 to {TOKENS_PER_PRINCIPAL_MAX}; left out it is 100"));
     }

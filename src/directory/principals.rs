@@ -68,7 +68,11 @@ impl Directory {
         let mut tx = self.store.begin_change().await?;
         tx.brief(&wished.workspace).await?.ok_or(Error::NotFound("workspace"))?;
         let before = tx.principal(&wished.workspace, &wished.id).await?;
-        check_etag(before.as_ref().map_or(0, |before| before.version), etag)?;
+        match &before {
+            Some(before) => check_etag(before.version, etag)?,
+            None if etag.is_empty() => {}
+            None => return Err(Error::Conflict),
+        }
         let rises = wished.role == Role::Admin && before.as_ref().is_none_or(|before| before.role != Role::Admin);
         if rises && !caller.is_root() && is_caller(caller, &wished) {
             return Err(Error::Denied("nobody raises their own role: ask another administrator".to_owned()));
@@ -118,9 +122,10 @@ impl Directory {
         page: PageRequest,
     ) -> Result<(Vec<Principal>, Option<String>)> {
         let workspace = caller.workspace(workspace)?;
-        let query = rules::query(query).map_err(|rule| Error::invalid("query", rule))?;
+        let mut violations = Violations::default();
         let purpose = token::fingerprint(&[b"principals", workspace.as_bytes(), query.as_bytes()]);
-        let (limit, after) = self.open_page(&purpose, &page)?;
+        let query = violations.take("query", rules::query(query)).unwrap_or_default();
+        let (limit, after) = self.open_page(&purpose, &page, violations)?;
         self.store.brief(workspace).await?.ok_or(Error::NotFound("workspace"))?;
         let query = Some(query.as_str()).filter(|query| !query.is_empty());
         let found = self.store.principals(workspace, query, after.as_deref(), limit + 1).await?;

@@ -106,7 +106,7 @@ impl Issuer {
                 tx.brief(&workspace).await?.ok_or(Error::NotFound("workspace"))?;
                 let principal = Some(&*caller.principal).filter(|_| !caller.is_admin());
                 let live = tx.live_session(&workspace, &session_id, principal, now).await?;
-                for (token, _) in live.iter().filter(|_| !is_own) {
+                for (token, _) in live.iter().filter(|(token, _)| !is_own || *token.principal != *caller.principal) {
                     caller.outranks(&token.scopes)?;
                 }
                 let watch = watch_root(&tx, live.iter().map(|(token, _)| token), now).await?;
@@ -165,7 +165,7 @@ fn check_report(texts: &[String]) -> Result<()> {
     if !(1..=REPORTED_MAX).contains(&texts.len()) {
         violations.add("tokens", format!("must hold 1 to {REPORTED_MAX} entries; it has {}", texts.len()));
     }
-    for (index, _) in texts.iter().enumerate().filter(|(_, text)| text.len() > REPORTED_CHARS_MAX).take(REPORTED_MAX) {
+    for (index, _) in texts.iter().enumerate().filter(|(_, text)| text.chars().count() > REPORTED_CHARS_MAX).take(REPORTED_MAX) {
         violations.add(format!("tokens[{index}]"), format!("must be at most {REPORTED_CHARS_MAX} characters"));
     }
     violations.finish()

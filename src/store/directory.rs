@@ -146,7 +146,8 @@ impl Tx<'_> {
         // Whoever came with a certificate for it was told that it is not there.
         self.touch([Subject::Workspace(workspace.id.clone())]);
         let insert = workspace::Entity::insert(row_of_workspace(workspace).into_active_model());
-        let insert = insert.on_conflict(OnConflict::column(workspace::Column::Id).do_nothing().to_owned());
+        // Also one that has its own prefix again: the table keeps one workspace for each.
+        let insert = insert.on_conflict(OnConflict::new().do_nothing().to_owned());
         self.bounded(insert.exec_without_returning(self.inner())).await.map(|rows| rows == 1)
     }
 

@@ -20,15 +20,20 @@
     reason = "a test fails by panicking, waits by the real clock, and reads best in one piece"
 )]
 
+mod acts;
 mod cli;
 mod clients;
 mod contract;
 mod crash;
+mod domain;
 mod equivalence;
+mod keeping;
 mod limits;
+mod people;
 mod plans;
 mod process;
 mod proxy;
+mod rows;
 mod scale;
 mod secrets;
 mod self_service;

@@ -9,7 +9,7 @@ use tonic::{
     transport::{Certificate, Channel, ClientTlsConfig, Identity},
 };
 
-use crate::world::{Backend, World, eventually, keyward, runtime};
+use crate::world::{Actor, Backend, World, eventually, keyward, runtime};
 
 /// A certificate authority of the test's own.
 pub struct Authority(CertifiedIssuer<'static, KeyPair>);
@@ -41,6 +41,17 @@ impl Authority {
     fn pem(&self) -> String {
         self.0.pem()
     }
+
+    /// A connection without a client certificate.
+    pub async fn channel(&self, world: &World) -> Channel {
+        connect(world, self, None).await.expect("a connection")
+    }
+
+    /// Whoever comes with a certificate of this name.
+    pub async fn actor(&self, world: &World, name: &str) -> Actor {
+        let identity = self.issue(SanType::DnsName(name.try_into().expect("a name")));
+        Actor { channel: connect(world, self, Some(&identity)).await.expect("a connection"), token: None }
+    }
 }
 
 fn write(folder: &Path, (cert, key): &(String, String)) {
@@ -48,8 +59,11 @@ fn write(folder: &Path, (cert, key): &(String, String)) {
     fs::write(folder.join("key.pem"), key).expect("writable");
 }
 
-/// The settings of a server with a certificate of this authority, which knows its clients. The files are made.
-pub fn settings(authority: &Authority, folder: &Path) -> [(&'static str, String); 4] {
+/// Clients that the tests here come as.
+const CLIENTS: &str = "gateway.internal=default/gateway keyward:validate; spiffe://prod/ops=default/ops keyward:admin";
+
+/// The settings of a server with a certificate of this authority, which knows these clients. The files are made.
+fn settings_for(authority: &Authority, folder: &Path, clients: &str) -> [(&'static str, String); 4] {
     write(folder, &authority.server());
     fs::write(folder.join("ca.pem"), authority.pem()).expect("writable");
     let path = |name: &str| folder.join(name).display().to_string();
@@ -57,14 +71,24 @@ pub fn settings(authority: &Authority, folder: &Path) -> [(&'static str, String)
         ("tls_cert", path("cert.pem")),
         ("tls_key", path("key.pem")),
         ("tls_client_ca", path("ca.pem")),
-        ("tls_client_map", "gateway.internal=default/gateway keyward:validate; spiffe://prod/ops=default/ops keyward:admin".to_owned()),
+        ("tls_client_map", clients.to_owned()),
     ]
+}
+
+/// As [`settings_for`], with the usual clients.
+pub fn settings(authority: &Authority, folder: &Path) -> [(&'static str, String); 4] {
+    settings_for(authority, folder, CLIENTS)
 }
 
 /// A world that speaks TLS with a certificate of this authority, and knows its clients.
 async fn world(authority: &Authority) -> World {
-    let mut world = World::unstarted(Backend::Sqlite).await;
-    let settings = settings(authority, world.folder.path());
+    secured(authority, Backend::Sqlite, CLIENTS).await
+}
+
+/// As [`world`], with these clients.
+pub async fn secured(authority: &Authority, backend: Backend, clients: &str) -> World {
+    let mut world = World::unstarted(backend).await;
+    let settings = settings_for(authority, world.folder.path(), clients);
     world.settings.extend(settings);
     world.start_server().await;
     world

@@ -104,6 +104,7 @@ pub struct World {
     pub limits: Limits,
     server: Option<Server>,
     root_token: String,
+    channel: Option<Channel>,
 }
 
 impl World {
@@ -148,6 +149,7 @@ impl World {
             limits: Limits::default(),
             server: None,
             root_token: String::new(),
+            channel: None,
         }
     }
 
@@ -191,7 +193,15 @@ impl World {
         self.clock.advance(span);
     }
 
+    /// Actors use this connection from now on, rather than one each.
+    pub fn through(&mut self, channel: Channel) {
+        self.channel = Some(channel);
+    }
+
     pub async fn channel(&self) -> Channel {
+        if let Some(channel) = &self.channel {
+            return channel.clone();
+        }
         let address = format!("http://{}", self.server().address());
         Channel::from_shared(address).expect("an address").connect().await.expect("a connection")
     }
