@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use crate::{
     ambient::Time,
     scope::Scope,
-    token::{Digest, TokenId},
+    token::{Digest, Prefix, TokenId},
 };
 
 /// How long a token is meant to live.
@@ -62,6 +62,8 @@ pub struct Token {
     pub kind: Kind,
     /// What people made of it.
     pub state: State,
+    /// The brand that its secrets begin with, for good.
+    pub prefix: Prefix,
     /// The first 8 characters of its text.
     pub hint: String,
     /// What it may do.

@@ -197,6 +197,7 @@ impl Issuer {
             principal: "root".to_owned(),
             kind: Kind::Permanent,
             state: State::Active,
+            prefix: workspace.prefix.clone(),
             hint: secret.hint(),
             scopes: vec![root],
             audiences: Vec::new(),
@@ -297,7 +298,7 @@ impl Issuer {
         };
         let mut token = drafted?;
         let made = make_room(&mut tx, &token, &workspace.policy, now).await?;
-        let issued = self.keyring.issue(&workspace.prefix)?;
+        let issued = self.keyring.issue(&token.prefix)?;
         token.hint = issued.secret.hint();
         tx.insert_token(&token, &issued.digest).await?;
         let principal = made.as_ref().map(|principal| principal_event(method, caller, principal, now));
@@ -468,8 +469,7 @@ impl Issuer {
         check_etag(&token, target)?;
         require_live(&token, now)?;
         let grace_time = rules::grace_time(grace, token.expire_time, now).map_err(|rule| Error::invalid("grace", rule))?;
-        let workspace = tx.brief(&token.workspace).await?.ok_or(Error::NotFound("workspace"))?;
-        let Issued { secret, digest } = self.keyring.issue(&workspace.prefix)?;
+        let Issued { secret, digest } = self.keyring.issue(&token.prefix)?;
         let before = token.clone();
         token.hint = secret.hint();
         token.version += 1;
@@ -655,6 +655,7 @@ fn draft(caller: &Caller, new: NewToken, workspace: &Brief, request: &RequestId,
         principal,
         kind,
         state: State::Active,
+        prefix: workspace.prefix.clone(),
         hint: String::new(),
         scopes,
         audiences,

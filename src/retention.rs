@@ -26,7 +26,7 @@ const BATCHES_MAX: usize = 50;
 /// For how long what has ended is kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Periods {
-    /// Tokens after their expiry, revocation or deletion; workspaces after their deletion.
+    /// Tokens after their expiry, revocation or deletion; what is in a workspace after its deletion.
     pub tokens: Duration,
     /// Audit events.
     pub audit: Duration,
@@ -104,15 +104,22 @@ impl Retention {
     }
 
     async fn purge_workspaces(&self, now: Time) -> Result<bool> {
-        let Some(id) = self.store.deleted_workspace(now - self.periods.tokens).await? else { return Ok(false) };
-        let tokens = self.store.tokens_of_workspace(&id, ROWS_MAX).await?;
-        if self.remove(&tokens, now).await? {
+        if let Some(id) = self.store.deleted_workspace(now - self.periods.tokens, false).await? {
+            let tokens = self.store.tokens_of_workspace(&id, ROWS_MAX).await?;
+            if !self.remove(&tokens, now).await? {
+                let tx = self.store.begin_change().await?;
+                tx.empty_workspace(&id, ROWS_MAX).await?;
+                self.fence.conclude(tx, now).await?;
+            }
             return Ok(true);
         }
+        // Whoever gets the id next must not find the audit of those who had it.
+        let before = now - self.periods.tokens.max(self.periods.audit);
+        let Some(id) = self.store.deleted_workspace(before, true).await? else { return Ok(false) };
         let tx = self.store.begin_change().await?;
-        let gone = tx.purge_workspace(&id, ROWS_MAX).await?;
+        tx.purge_workspace(&id).await?;
         self.fence.conclude(tx, now).await?;
-        self.workspaces.fetch_add(u64::from(gone), Ordering::Relaxed);
+        self.workspaces.fetch_add(1, Ordering::Relaxed);
         Ok(true)
     }
 

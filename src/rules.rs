@@ -251,8 +251,8 @@ pub fn policy(path: &str, policy: &Policy, violations: &mut Violations) {
 /// The fields of a policy, each by itself.
 pub fn policy_fields(path: &str, policy: &Policy, violations: &mut Violations) {
     let mut within = |field: &str, ttl: Duration, longest: Duration| {
-        if !(LIFETIME_MIN..=longest).contains(&ttl) {
-            violations.add(format!("{path}.{field}"), format!("must be from 1 second to {}", span(longest)));
+        if !(LIFETIME_MIN..=longest).contains(&ttl) || ttl.subsec_nanos() > 0 {
+            violations.add(format!("{path}.{field}"), format!("must be from 1 second to {}, in whole seconds", span(longest)));
         }
     };
     within("default_ttl", policy.default_ttl, PERMANENT_MAX);

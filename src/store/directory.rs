@@ -108,14 +108,16 @@ impl Store {
         }
     }
 
-    /// A workspace that was deleted before this instant, if there is one.
+    /// The workspace that was deleted first, before this instant, of those whose tokens and principals are gone or of those where they are not.
     ///
     /// # Errors
     /// `Unavailable`, `Overloaded`.
-    pub async fn deleted_workspace(&self, before: Time) -> Result<Option<String>> {
-        let query = workspace::Entity::find().filter(workspace::Column::DeleteTime.lte(before.micros()));
-        let query = query.order_by_asc(workspace::Column::DeleteTime).limit(1);
-        Ok(self.reading("workspaces", query.one(&self.reader)).await?.map(|row| row.id))
+    pub async fn deleted_workspace(&self, before: Time, is_emptied: bool) -> Result<Option<String>> {
+        let sql =
+            "SELECT id FROM workspace WHERE emptied = $1 AND delete_time <= $2 AND delete_time IS NOT NULL ORDER BY delete_time LIMIT 1";
+        let statement = Statement::from_sql_and_values(self.backend(), sql, [is_emptied.into(), before.micros().into()]);
+        let row = self.reading("workspaces", self.reader.query_one_raw(statement)).await?;
+        row.map(|row| row.try_get_by_index(0).map_err(translate)).transpose()
     }
 }
 
@@ -186,19 +188,27 @@ impl Tx<'_> {
         self.execute("UPDATE workspace SET delete_time = $1 WHERE id = $2", vec![now.micros().into(), id.into()]).await.map(drop)
     }
 
-    /// Removes a deleted workspace whose tokens are gone, with its principals and its prefixes; of very many principals, some of them. Says whether it is gone.
+    /// Removes some principals of a deleted workspace whose tokens are gone; says whether there are none left.
     ///
     /// # Errors
     /// `Unavailable`.
-    pub async fn purge_workspace(&self, id: &str, rows_max: u64) -> Result<bool> {
-        let rows_max = i64::try_from(rows_max).unwrap_or(i64::MAX);
+    pub async fn empty_workspace(&self, id: &str, rows_max: u64) -> Result<bool> {
         let some = "DELETE FROM principal WHERE workspace = $1 AND id IN (SELECT id FROM principal WHERE workspace = $1 LIMIT $2)";
-        if self.execute(some, vec![id.into(), rows_max.into()]).await? == u64::try_from(rows_max).unwrap_or(u64::MAX) {
+        let limit = i64::try_from(rows_max).unwrap_or(i64::MAX);
+        if self.execute(some, vec![id.into(), limit.into()]).await? == rows_max {
             return Ok(false);
         }
+        let emptied = "UPDATE workspace SET emptied = TRUE WHERE id = $1 AND delete_time IS NOT NULL";
+        self.execute(emptied, vec![id.into()]).await.map(|_| true)
+    }
+
+    /// Removes the rest of a workspace that was emptied: its id and its prefixes become free.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn purge_workspace(&self, id: &str) -> Result<()> {
         self.execute("DELETE FROM prefix WHERE workspace = $1", vec![id.into()]).await?;
-        self.execute("DELETE FROM workspace WHERE id = $1 AND delete_time IS NOT NULL", vec![id.into()]).await?;
-        Ok(true)
+        self.execute("DELETE FROM workspace WHERE id = $1 AND emptied", vec![id.into()]).await.map(drop)
     }
 
     /// One principal, which nobody else changes, and for which nobody else creates a token, until this transaction ends.
@@ -383,6 +393,7 @@ fn row_of_workspace(workspace: &Workspace) -> workspace::Model {
         max_tokens_per_principal: workspace.policy.max_tokens_per_principal.into(),
         resources: resources_text(&workspace.resources),
         delete_time: None,
+        emptied: false,
     }
 }
 

@@ -42,6 +42,7 @@ pub(super) mod token {
         pub delete_time: Option<i64>,
         pub version: i64,
         pub is_root: bool,
+        pub prefix: String,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
@@ -82,6 +83,7 @@ pub(super) mod workspace {
         pub max_tokens_per_principal: i64,
         pub resources: String,
         pub delete_time: Option<i64>,
+        pub emptied: bool,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
@@ -269,6 +271,7 @@ pub(super) fn token_of(row: token::Model, usage: Option<usage::Model>) -> Result
         principal: row.principal,
         kind: kind_of(row.kind)?,
         state: state_of(row.state)?,
+        prefix: row.prefix.parse().map_err(|_| damaged("token.prefix"))?,
         hint: row.hint,
         scopes: split("token.scopes", &row.scopes)?,
         audiences: split("token.audiences", &row.audiences)?,
@@ -320,5 +323,6 @@ pub(super) fn row_of(token: &Token, digest: Vec<u8>) -> token::Model {
         delete_time: None,
         version: token.version,
         is_root: is_root(token),
+        prefix: token.prefix.as_str().to_owned(),
     }
 }

@@ -196,7 +196,9 @@ ALTER TABLE workspace ADD COLUMN principals_on_first_use BOOLEAN NOT NULL DEFAUL
 ALTER TABLE workspace ADD COLUMN max_tokens_per_principal BIGINT NOT NULL DEFAULT 100;
 ALTER TABLE workspace ADD COLUMN resources {text} NOT NULL DEFAULT '[]';
 ALTER TABLE workspace ADD COLUMN delete_time BIGINT;
-CREATE INDEX workspace_by_delete_time ON workspace (delete_time) WHERE delete_time IS NOT NULL;
+-- Whether the tokens and principals of a deleted one are gone.
+ALTER TABLE workspace ADD COLUMN emptied BOOLEAN NOT NULL DEFAULT FALSE;
+CREATE INDEX workspace_by_delete_time ON workspace (emptied, delete_time) WHERE delete_time IS NOT NULL;
 
 -- Every prefix that a workspace has or had: tokens out there carry it, and nobody else gets it.
 CREATE TABLE prefix (
@@ -214,6 +216,9 @@ DROP INDEX token_by_create_time;
 CREATE INDEX token_by_create_time ON token (workspace, kind, create_time, id, display_name) WHERE delete_time IS NULL;
 
 ALTER TABLE token ADD COLUMN is_root BOOLEAN NOT NULL DEFAULT FALSE;
+-- A workspace had one prefix until now.
+ALTER TABLE token ADD COLUMN prefix {text} NOT NULL DEFAULT '';
+UPDATE token SET prefix = (SELECT w.prefix FROM workspace w WHERE w.id = token.workspace);
 UPDATE token SET is_root = TRUE WHERE ' ' || scopes || ' ' LIKE '% keyward:root %';
 CREATE INDEX token_by_root ON token (id) WHERE is_root;
 CREATE INDEX token_by_live_principal ON token (workspace, principal, kind, expire_time) WHERE delete_time IS NULL AND state <> 3;
