@@ -8,7 +8,7 @@ mod audit_events;
 mod convert;
 pub mod gate;
 mod principals;
-mod reports;
+mod rates;
 mod self_service;
 mod status;
 mod tokens;

@@ -4,7 +4,11 @@
 //!
 //! Invariant: however many calls are refused, few events are written, and none while the caller waits (test `refused_calls_are_sampled`).
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 
@@ -19,9 +23,17 @@ use crate::{
 
 pub use crate::store::AuditRecord;
 
-/// Refused calls that are kept at once, and how soon there is room for another one.
-const REFUSALS_MAX: u32 = 50;
-const REFUSAL_INTERVAL: Duration = Duration::from_millis(200);
+/// Refused calls of one workspace that are kept at once, and how soon there is room for another one. No workspace uses up the room of another.
+const REFUSALS_MAX: u32 = 20;
+const REFUSAL_INTERVAL: Duration = Duration::from_secs(10);
+/// Refused calls that wait for the store, all together.
+const WAITING_MAX: usize = 1_000;
+/// Workspaces whose room is remembered; those with the most room are forgotten first.
+const WORKSPACES_MAX: usize = 10_000;
+/// Refused calls that are written in one statement: below the databases' limits on parameters.
+const ROWS_MAX: usize = 500;
+/// Events that are read at once: their settings may be large.
+const CHUNK: u64 = 20;
 const METHODS_MAX: usize = 20;
 const METHOD_CHARS_MAX: usize = 63;
 /// A page stays below what clients take by default, 4 MiB.
@@ -67,11 +79,48 @@ pub struct AuditRequest {
     pub violations: Violations,
 }
 
-/// Refused calls on their way to the store, and the room that is left for more.
+/// The room that is left for refused calls of a workspace.
+struct Room {
+    left: u32,
+    since: Time,
+}
+
+impl Room {
+    /// Earns room for the time that has passed. A clock that was set back begins anew.
+    fn earn(&mut self, now: Time) {
+        let passed = u64::try_from(now.micros().saturating_sub(self.since.micros()));
+        let earned = passed.map_or(0, |passed| passed / u64::try_from(REFUSAL_INTERVAL.as_micros()).unwrap_or(u64::MAX));
+        if earned > 0 || passed.is_err() {
+            self.left = self.left.saturating_add(u32::try_from(earned).unwrap_or(u32::MAX)).min(REFUSALS_MAX);
+            self.since = now;
+        }
+    }
+}
+
+/// Refused calls on their way to the store.
+#[derive(Default)]
 struct Sample {
     waiting: VecDeque<Refusal>,
-    room: u32,
-    since: Option<Time>,
+    rooms: HashMap<Arc<str>, Room>,
+}
+
+impl Sample {
+    fn has_room(&mut self, refusal: &Refusal) -> bool {
+        if self.waiting.len() >= WAITING_MAX {
+            return false;
+        }
+        if self.rooms.len() >= WORKSPACES_MAX {
+            self.rooms.retain(|_, room| {
+                room.earn(refusal.time);
+                room.left < REFUSALS_MAX
+            });
+        }
+        let room = self.rooms.entry(Arc::clone(&refusal.caller.workspace)).or_insert(Room { left: REFUSALS_MAX, since: refusal.time });
+        room.earn(refusal.time);
+        let has_room = room.left > 0;
+        room.left = room.left.saturating_sub(1);
+        has_room
+    }
 }
 
 /// Lists events, and samples calls that were refused.
@@ -85,25 +134,14 @@ impl Audit {
     /// One on this store.
     #[must_use]
     pub fn new(keyring: Arc<Keyring>, store: Arc<Store>) -> Arc<Self> {
-        let sample = Sample { waiting: VecDeque::new(), room: REFUSALS_MAX, since: None };
-        Arc::new(Self { keyring, store, sample: Mutex::new(sample) })
+        Arc::new(Self { keyring, store, sample: Mutex::default() })
     }
 
     /// Takes note of a refused call, if there is room; says whether there was.
     pub fn refused(&self, refusal: Refusal) -> bool {
         let mut sample = self.sample.lock();
-        // A clock that was set back begins anew.
-        let since = sample.since.filter(|since| *since <= refusal.time).unwrap_or(refusal.time);
-        let elapsed = u64::try_from(refusal.time.micros().saturating_sub(since.micros())).unwrap_or(0);
-        let earned = elapsed / u64::try_from(REFUSAL_INTERVAL.as_micros()).unwrap_or(u64::MAX);
-        sample.since = Some(since);
-        if earned > 0 {
-            sample.room = sample.room.saturating_add(u32::try_from(earned).unwrap_or(u32::MAX)).min(REFUSALS_MAX);
-            sample.since = Some(refusal.time);
-        }
-        let has_room = sample.room > 0 && sample.waiting.len() < 2 * REFUSALS_MAX as usize;
+        let has_room = sample.has_room(&refusal);
         if has_room {
-            sample.room -= 1;
             sample.waiting.push_back(refusal);
         }
         has_room
@@ -112,15 +150,17 @@ impl Audit {
     /// Writes what was noted up to now.
     ///
     /// # Errors
-    /// `Unavailable`, `Overloaded`: then it is kept for the next time.
+    /// `Unavailable`, `Overloaded`: what is not written is kept for the next time.
     pub async fn tick(&self) -> Result<()> {
-        let taken = std::mem::take(&mut self.sample.lock().waiting);
-        let written = self.store.add_audit_events(taken.iter().map(event)).await;
-        if written.is_err() {
-            let mut sample = self.sample.lock();
-            taken.into_iter().rev().for_each(|refusal| sample.waiting.push_front(refusal));
+        loop {
+            // It stays where it is until it is written, so that what waits is bounded however long that takes.
+            let chunk: Vec<Refusal> = self.sample.lock().waiting.iter().take(ROWS_MAX).cloned().collect();
+            if chunk.is_empty() {
+                return Ok(());
+            }
+            self.store.add_audit_events(chunk.iter().map(event)).await?;
+            self.sample.lock().waiting.drain(..chunk.len());
         }
-        written
     }
 
     /// A page of events, the latest first, and what gets the next one.
@@ -144,15 +184,31 @@ impl Audit {
         if *filter.workspace != *caller.workspace && self.store.brief(&filter.workspace).await?.is_none() {
             return Err(Error::NotFound("workspace"));
         }
-        let after = after.as_ref().map(|(time, id)| (*time, id.as_str()));
-        let mut events = self.store.audit_events(&filter, after, limit + 1).await?;
-        let found = events.len();
-        events.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
-        cut_to_page(&mut events);
-        let more = events.len() < found;
+        let (events, more) = self.read(&filter, after, limit).await?;
         let cursor = |last: &AuditRecord| self.keyring.seal_text(&purpose, &format!("{} {}", last.event_time.micros(), last.id));
         let next = events.last().filter(|_| more).map(cursor).transpose()?;
         Ok((events, next))
+    }
+
+    /// Reads at most `limit` events, and no more than fit on a page; says whether there are more.
+    async fn read(&self, filter: &AuditFilter, mut after: Option<(Time, String)>, limit: u64) -> Result<(Vec<AuditRecord>, bool)> {
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+        let (mut events, mut bytes) = (Vec::new(), 0);
+        loop {
+            let chunk = self.store.audit_events(filter, after.as_ref().map(|(time, id)| (*time, id.as_str())), CHUNK).await?;
+            let is_last = chunk.len() < usize::try_from(CHUNK).unwrap_or(usize::MAX);
+            for event in chunk {
+                bytes += size(&event);
+                if events.len() == limit || (bytes > PAGE_BYTES_MAX && !events.is_empty()) {
+                    return Ok((events, true));
+                }
+                after = Some((event.event_time, event.id.clone()));
+                events.push(event);
+            }
+            if is_last {
+                return Ok((events, false));
+            }
+        }
     }
 
     fn open_page(&self, purpose: &[u8], text: &str) -> std::result::Result<(Time, String), &'static str> {
@@ -178,18 +234,13 @@ fn check_methods(methods: &[String], violations: &mut Violations) {
     }
 }
 
-fn cut_to_page(events: &mut Vec<AuditRecord>) {
-    let mut bytes = 0;
-    let size = |settings: &Option<serde_json::Map<String, serde_json::Value>>| {
-        settings.as_ref().map_or(0, |settings| serde_json::Value::Object(settings.clone()).to_string().len())
+/// What an event takes on a page, roughly: numbers and field names take more room in a Struct than in the text.
+fn size(event: &AuditRecord) -> usize {
+    let settings = |settings: &Option<serde_json::Map<String, serde_json::Value>>| {
+        settings.as_ref().map_or(0, |settings| settings.iter().map(|(name, value)| name.len() + value.to_string().len()).sum())
     };
-    let fits = |event: &AuditRecord| {
-        // Numbers and field names take more room in a Struct than in the text.
-        bytes += EVENT_BYTES + 2 * (size(&event.before) + size(&event.after));
-        bytes <= PAGE_BYTES_MAX
-    };
-    let count = events.iter().map(fits).take_while(|fits| *fits).count();
-    events.truncate(count.max(1));
+    let (before, after): (usize, usize) = (settings(&event.before), settings(&event.after));
+    EVENT_BYTES + 2 * (before + after)
 }
 
 fn event(refusal: &Refusal) -> AuditEvent<'_> {

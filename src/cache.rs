@@ -11,7 +11,7 @@
 
 use std::{
     collections::HashMap,
-    hash::{BuildHasherDefault, DefaultHasher, Hash, Hasher},
+    hash::{BuildHasher as _, BuildHasherDefault, Hash, Hasher, RandomState},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -94,28 +94,32 @@ struct Marks([u16; 2]);
 
 impl Marks {
     const NONE: Self = Self([0; 2]);
+}
 
-    fn of_fact(fact: &Fact) -> Self {
+/// Tells which mark a subject has. No two processes tell alike, so that nobody finds out whose entries are out of date with whose.
+#[derive(Default)]
+struct Marker(RandomState);
+
+impl Marker {
+    fn of_fact(&self, fact: &Fact) -> Marks {
         match fact {
-            Fact::Grant(grant) => Self([workspace_mark(&grant.workspace), principal_mark(&grant.workspace, &grant.principal)]),
-            Fact::Absent => Self::NONE,
+            Fact::Grant(grant) => Marks([self.workspace(&grant.workspace), self.principal(&grant.workspace, &grant.principal)]),
+            Fact::Absent => Marks::NONE,
         }
     }
-}
 
-fn workspace_mark(workspace: &str) -> u16 {
-    mark(&(1_u8, workspace))
-}
+    fn workspace(&self, workspace: &str) -> u16 {
+        self.mark((1_u8, workspace))
+    }
 
-fn principal_mark(workspace: &str, id: &str) -> u16 {
-    mark(&(2_u8, workspace, id))
-}
+    fn principal(&self, workspace: &str, id: &str) -> u16 {
+        self.mark((2_u8, workspace, id))
+    }
 
-fn mark(subject: &impl Hash) -> u16 {
-    let mut hasher = DefaultHasher::new();
-    subject.hash(&mut hasher);
-    let [first, second, ..] = hasher.finish().to_le_bytes();
-    u16::from_le_bytes([first, second]).max(1)
+    fn mark(&self, subject: impl Hash) -> u16 {
+        let [first, second, ..] = self.0.hash_one(subject).to_le_bytes();
+        u16::from_le_bytes([first, second]).max(1)
+    }
 }
 
 /// The generation of the last change, with the number of embargoes above it: a mark under an embargo is later than every ticket.
@@ -168,6 +172,7 @@ pub struct Cache {
     facts: sync::Cache<Digest, Entry<Fact>, UnitWeighter, DigestState>,
     routes: sync::Cache<Arc<str>, Entry<Arc<Routes>>, BytesWeighter>,
     standings: sync::Cache<(Arc<str>, Arc<str>), Entry<Standing>>,
+    marker: Marker,
     marks: Box<[Mark]>,
     tombstones: [Mutex<HashMap<Digest, Tombstone, DigestState>>; SHARDS],
     generation: AtomicU64,
@@ -191,6 +196,7 @@ impl Cache {
             ),
             routes: sync::Cache::with_weighter(1024, ROUTES_BYTES_MAX, BytesWeighter),
             standings: sync::Cache::new(STANDINGS_MAX),
+            marker: Marker::default(),
             marks: std::iter::repeat_with(Mark::default).take(MARKS).collect(),
             tombstones: std::array::from_fn(|_| Mutex::default()),
             generation: AtomicU64::new(0),
@@ -245,7 +251,7 @@ impl Cache {
     /// Takes up what was read, unless it may be out of date. Only what was admitted may be told to those who joined the read.
     #[must_use]
     pub fn admit(&self, digest: Digest, fact: Fact, ticket: Ticket) -> bool {
-        let marks = Marks::of_fact(&fact);
+        let marks = self.marker.of_fact(&fact);
         let tombstones = self.shard(&digest).lock();
         let late = |tombstone: &Tombstone| tombstone.embargoes > 0 || tombstone.generation > ticket.generation;
         let buried = tombstones.get(&digest).is_some_and(late);
@@ -261,7 +267,7 @@ impl Cache {
     /// As [`Cache::admit`], the routes of a workspace.
     #[must_use]
     pub fn admit_routes(&self, workspace: &Arc<str>, routes: &Arc<Routes>, ticket: Ticket) -> bool {
-        let marks = Marks([workspace_mark(workspace), 0]);
+        let marks = Marks([self.marker.workspace(workspace), 0]);
         let entry = Entry { value: Arc::clone(routes), generation: ticket.generation, marks };
         self.admit_marked(&self.routes, Arc::clone(workspace), entry, ticket)
     }
@@ -269,7 +275,7 @@ impl Cache {
     /// As [`Cache::admit`], the standing of a certificate's principal.
     #[must_use]
     pub fn admit_standing(&self, workspace: &Arc<str>, principal: &Arc<str>, standing: Standing, ticket: Ticket) -> bool {
-        let marks = Marks([workspace_mark(workspace), principal_mark(workspace, principal)]);
+        let marks = Marks([self.marker.workspace(workspace), self.marker.principal(workspace, principal)]);
         let key = (Arc::clone(workspace), Arc::clone(principal));
         self.admit_marked(&self.standings, key, Entry { value: standing, generation: ticket.generation, marks }, ticket)
     }
@@ -308,8 +314,8 @@ impl Cache {
     fn announce(&self, subject: &Subject, embargoes: impl Fn(u64) -> u64) {
         let mark = match subject {
             Subject::Token(digest) => return self.entomb(digest, embargoes),
-            Subject::Principal { workspace, id } => principal_mark(workspace, id),
-            Subject::Workspace(id) => workspace_mark(id),
+            Subject::Principal { workspace, id } => self.marker.principal(workspace, id),
+            Subject::Workspace(id) => self.marker.workspace(id),
         };
         let generation = self.next_generation();
         if let Some(mark) = self.marks.get(usize::from(mark)) {

@@ -8,7 +8,7 @@ use crate::{
     error::{Error, Result},
     grant::Grant,
     scope::{Right, Scope},
-    token::TokenId,
+    token::{Digest, TokenId},
 };
 
 /// No workspace has a longer id.
@@ -36,6 +36,8 @@ pub enum Access {
 pub struct Caller {
     /// The token that was presented; none with a certificate.
     pub token_id: Option<TokenId>,
+    /// What its secret is known by.
+    pub digest: Option<Digest>,
     /// The caller's workspace.
     pub workspace: Arc<str>,
     /// The caller's principal.
@@ -51,9 +53,10 @@ pub struct Caller {
 impl Caller {
     /// The caller whom a valid token stands for.
     #[must_use]
-    pub fn of_grant(grant: &Grant, address: Option<IpAddr>) -> Self {
+    pub fn of_grant(grant: &Grant, digest: Option<Digest>, address: Option<IpAddr>) -> Self {
         Self {
             token_id: Some(grant.token_id),
+            digest,
             workspace: Arc::clone(&grant.workspace),
             principal: Arc::clone(&grant.principal),
             scopes: Arc::clone(&grant.scopes),
@@ -65,7 +68,15 @@ impl Caller {
     /// Somebody who did not say who they are.
     #[must_use]
     pub fn nobody(address: Option<IpAddr>) -> Self {
-        Self { token_id: None, workspace: "".into(), principal: "".into(), scopes: Arc::new([]), has_admin_role: false, address }
+        Self {
+            token_id: None,
+            digest: None,
+            workspace: "".into(),
+            principal: "".into(),
+            scopes: Arc::new([]),
+            has_admin_role: false,
+            address,
+        }
     }
 
     fn holds(&self, right: Right) -> bool {
@@ -153,7 +164,7 @@ impl Caller {
     pub fn outranks(&self, scopes: &[Scope]) -> Result<()> {
         match scopes.iter().find(|scope| !self.can_grant(scope)) {
             None => Ok(()),
-            Some(scope) => Err(Error::Denied(format!("this token holds `{scope}`, which the caller cannot grant"))),
+            Some(scope) => Err(Error::Denied(format!("this holds `{scope}`, which the caller cannot grant"))),
         }
     }
 }
@@ -165,6 +176,7 @@ mod tests {
     fn caller(scopes: &[&str]) -> Caller {
         Caller {
             token_id: None,
+            digest: None,
             workspace: "default".into(),
             principal: "alice".into(),
             scopes: scopes.iter().map(|scope| scope.parse().expect("a scope")).collect(),

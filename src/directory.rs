@@ -18,10 +18,10 @@ use crate::{
     fence::{Fence, RootWatch},
     grant::Subject,
     rules,
-    scope::{Resource, Routes},
+    scope::{Resource, Routes, Scope},
     store::{AuditEvent, Store, Tx},
     token::{self, Keyring, Prefix},
-    workspace::{Policy, Workspace},
+    workspace::{Policy, Principal, Workspace},
 };
 
 const ID_MISSING: &str = "must name the workspace";
@@ -99,6 +99,18 @@ pub struct Directory {
     keyring: Arc<Keyring>,
     store: Arc<Store>,
     fence: Arc<Fence>,
+    certificates: Vec<Certificate>,
+}
+
+/// Whom client certificates stand for, and with which scopes.
+#[derive(Clone, Debug)]
+pub struct Certificate {
+    /// The workspace.
+    pub workspace: String,
+    /// The principal.
+    pub principal: String,
+    /// What it may do.
+    pub scopes: Vec<Scope>,
 }
 
 /// What the caller is shown to compare a workspace or a principal by.
@@ -110,8 +122,29 @@ pub fn etag(version: i64) -> String {
 impl Directory {
     /// One on this store.
     #[must_use]
-    pub fn new(keyring: Arc<Keyring>, store: Arc<Store>, fence: Arc<Fence>) -> Arc<Self> {
-        Arc::new(Self { keyring, store, fence })
+    pub fn new(keyring: Arc<Keyring>, store: Arc<Store>, fence: Arc<Fence>, certificates: Vec<Certificate>) -> Arc<Self> {
+        Arc::new(Self { keyring, store, fence, certificates })
+    }
+
+    /// Makes the principals that certificates stand for, where their workspace is there and they are not: a certificate of somebody who is not there is refused.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Overloaded`.
+    pub async fn make_certificates_principals(self: &Arc<Self>, now: Time) -> Result<()> {
+        for Certificate { workspace, principal, .. } in &self.certificates {
+            if self.store.brief(workspace).await?.is_none() || self.store.principal(workspace, principal).await?.is_some() {
+                continue;
+            }
+            let mut tx = self.store.begin_change().await?;
+            let made = Principal::first_used(workspace, principal, now);
+            tx.insert_principal(&made).await?;
+            let nobody = Caller::nobody(None);
+            let by_nobody = AuditEvent { actor: None, ..principals::event("Start", &nobody, &made, "", None, Some(&made), now) };
+            tx.audit([by_nobody]).await?;
+            self.fence.conclude(tx, now).await?;
+            tracing::info!(workspace, principal, "made the principal of a client certificate");
+        }
+        Ok(())
     }
 
     /// Makes a workspace.
@@ -143,7 +176,7 @@ impl Directory {
         let directory = Arc::clone(self);
         self.fence
             .run(async move {
-                let mut tx = directory.store.begin_change().await?;
+                let mut tx = directory.store.begin_change_by(&caller, now).await?;
                 claim_prefix(&tx, &workspace).await?;
                 if !tx.insert_workspace(&workspace).await? {
                     return Err(Error::Exists("workspace with this id"));
@@ -247,16 +280,16 @@ impl Directory {
         let directory = Arc::clone(self);
         self.fence
             .run(async move {
-                let mut tx = directory.store.begin_change().await?;
+                let mut tx = directory.store.begin_change_by(&caller, now).await?;
                 let Some(workspace) = tx.workspace(&id).await? else {
                     // A call before may have deleted it and failed: what is known of it ends now at the latest.
                     directory.fence.bury(&[Subject::Workspace(id)]);
                     return Err(Error::NotFound("workspace"));
                 };
                 check_etag(workspace.version, &target.etag)?;
-                let watch = RootWatch::begin(&tx, now).await?;
+                let watch = RootWatch::begin(&tx, &caller, now).await?;
                 tx.delete_workspace(&id, now).await?;
-                watch.end(&tx, now).await?;
+                watch.end(&tx).await?;
                 tx.audit([event("DeleteWorkspace", &caller, &id, &reason, Some(&workspace), None, now)]).await?;
                 directory.fence.conclude(tx, now).await
             })
@@ -277,7 +310,7 @@ impl Directory {
         let directory = Arc::clone(self);
         self.fence
             .run(async move {
-                let mut tx = directory.store.begin_change().await?;
+                let mut tx = directory.store.begin_change_by(&caller, now).await?;
                 let before = tx.workspace(&id).await?.ok_or(Error::NotFound("workspace"))?;
                 check_etag(before.version, &target.etag)?;
                 let mut workspace = before.clone();
@@ -291,9 +324,9 @@ impl Directory {
                 if workspace.prefix != before.prefix {
                     claim_prefix(&tx, &workspace).await?;
                 }
-                let watch = RootWatch::begin(&tx, now).await?;
+                let watch = RootWatch::begin(&tx, &caller, now).await?;
                 tx.update_workspace(&workspace).await?;
-                watch.end(&tx, now).await?;
+                watch.end(&tx).await?;
                 tx.audit([event(method, &caller, &id, &reason, Some(&before), Some(&workspace), now)]).await?;
                 directory.fence.conclude(tx, now).await?;
                 Ok(workspace)

@@ -7,6 +7,7 @@
 //! Invariant: no change ends the last token with `keyward:root` that works, but for a leak (test `the_last_root_token_stays`).
 
 use std::{
+    net::IpAddr,
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -16,6 +17,7 @@ use tokio::sync::Semaphore;
 use crate::{
     ambient::Time,
     cache::Cache,
+    caller::Caller,
     error::{Error, Result},
     grant::Subject,
     store::{Store, Tx},
@@ -110,20 +112,28 @@ async fn settle(fence: Weak<Fence>, subjects: Vec<Subject>) {
     }
 }
 
-/// Sees to it that a change leaves a working token with `keyward:root`, if there was one before it.
+/// A root token that ends sooner than this is none to rely on.
+const ROOT_LIFETIME_MIN: Duration = Duration::from_hours(24);
+
+/// Sees to it that a change leaves a token with `keyward:root` that works from where the caller is, if there was one before it.
 #[derive(Clone, Copy)]
 pub(crate) struct RootWatch {
+    address: Option<IpAddr>,
+    until: Time,
     worked: bool,
 }
 
 impl RootWatch {
-    pub(crate) async fn begin(tx: &Tx<'_>, now: Time) -> Result<Self> {
-        Ok(Self { worked: tx.a_root_token_works(now).await? })
+    pub(crate) async fn begin(tx: &Tx<'_>, caller: &Caller, now: Time) -> Result<Self> {
+        let (address, until) = (caller.address, now + ROOT_LIFETIME_MIN);
+        Ok(Self { address, until, worked: tx.a_root_token_works(address, until).await? })
     }
 
-    pub(crate) async fn end(self, tx: &Tx<'_>, now: Time) -> Result<()> {
-        if self.worked && !tx.a_root_token_works(now).await? {
-            return Err(Error::precondition("this would end the last token with keyward:root that works: create another one first"));
+    pub(crate) async fn end(self, tx: &Tx<'_>) -> Result<()> {
+        if self.worked && !tx.a_root_token_works(self.address, self.until).await? {
+            return Err(Error::precondition(
+                "this would end the last token with keyward:root that works from your address for another day: create another one first",
+            ));
         }
         Ok(())
     }

@@ -15,6 +15,7 @@ mod replay;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 
 use patch::Patch;
 use replay::{Replay, answer_again};
@@ -59,6 +60,8 @@ pub struct NewToken {
     pub session_id: String,
     /// When it ends.
     pub lifetime: Lifetime,
+    /// When it ends at the latest, whatever the policy says.
+    pub end_max: Option<Time>,
     /// Rules that were found broken while the request was read; they are reported with those that are found here.
     pub violations: Violations,
 }
@@ -122,13 +125,14 @@ pub struct Issuer {
     keyring: Arc<Keyring>,
     store: Arc<Store>,
     fence: Arc<Fence>,
+    reports: Arc<Semaphore>,
 }
 
 impl Issuer {
     /// One that issues tokens of this keyring.
     #[must_use]
     pub fn new(keyring: Arc<Keyring>, store: Arc<Store>, fence: Arc<Fence>) -> Arc<Self> {
-        Arc::new(Self { keyring, store, fence })
+        Arc::new(Self { keyring, store, fence, reports: Arc::new(Semaphore::new(ending::REPORTS_MAX)) })
     }
 
     /// On a store where nothing was ever made: makes the workspace `default` and one root token. `keep` gets the secret before it counts.
@@ -233,7 +237,10 @@ impl Issuer {
     ///
     /// # Errors
     /// As [`Issuer::create`].
-    pub async fn create_own(self: &Arc<Self>, caller: Caller, new: NewToken, request: RequestId, now: Time) -> Result<(Token, Secret)> {
+    pub async fn create_own(self: &Arc<Self>, caller: Caller, mut new: NewToken, request: RequestId, now: Time) -> Result<(Token, Secret)> {
+        if caller.token_id.is_some() {
+            keep_within(&self.presented(&caller).await?, &mut new);
+        }
         self.create_as("CreateMyToken", caller, new, request, now).await
     }
 
@@ -252,7 +259,12 @@ impl Issuer {
             "Temporary token".clone_into(&mut new.display_name);
         }
         if caller.token_id.is_some() {
-            let session_id = self.presented(&caller).await?.session_id;
+            let presented = self.presented(&caller).await?;
+            keep_within(&presented, &mut new);
+            if presented.kind == Kind::Temporary {
+                new.end_max = Some(presented.expire_time);
+            }
+            let session_id = presented.session_id;
             if new.session_id.is_empty() {
                 new.session_id = session_id;
             } else if !session_id.is_empty() && session_id != new.session_id {
@@ -291,13 +303,14 @@ impl Issuer {
         // First what was answered: what it asked for may have been possible then and not be now.
         let replay = match self.claim(&tx, method, caller, request, now).await? {
             Replay::Answered(kept) => {
-                let own = method != "CreateToken";
-                return answer_again(&kept, caller, own, &tx).await.map(|token| (token, kept.secret));
+                return answer_again(&kept, caller, false, &tx).await.map(|token| (token, kept.secret));
             }
             Replay::New(replay) => replay,
         };
         let mut token = drafted?;
         let made = make_room(&mut tx, &token, &workspace.policy, now).await?;
+        // The gate judged the caller before the wait for this turn: who was revoked meanwhile makes nothing more.
+        tx.require(caller, now).await?;
         let issued = self.keyring.issue(&token.prefix)?;
         token.hint = issued.secret.hint();
         tx.insert_token(&token, &issued.digest).await?;
@@ -457,7 +470,7 @@ impl Issuer {
         }
         violations.finish()?;
         let id = id.ok_or_else(|| Error::Internal("a violation was lost".into()))?;
-        let mut tx = self.store.begin_change().await?;
+        let mut tx = self.store.begin_change_by(caller, now).await?;
         let replay = match self.claim(&tx, method, caller, request, now).await? {
             Replay::Answered(kept) => {
                 let token = answer_again(&kept, caller, own, &tx).await?;
@@ -491,17 +504,17 @@ impl Issuer {
         self.fence
             .run(async move {
                 let id = parse_id("id", &target.id)?;
-                let mut tx = issuer.store.begin_change().await?;
+                let mut tx = issuer.store.begin_change_by(&caller, now).await?;
                 let found = issuer.find(&tx, &caller, id, false).await;
                 if matches!(found, Err(Error::NotFound(_))) {
                     // A call before may have deleted it and failed: what is known of it ends now at the latest.
-                    issuer.fence.bury(&subjects(&tx.digests(id).await?));
+                    issuer.fence.bury(&subjects(&tx.digests(id, caller.management_reach()).await?));
                 }
                 let (token, digests) = found?;
                 check_etag(&token, &target)?;
-                let watch = watch_root(&tx, [&token], now).await?;
+                let watch = watch_root(&tx, &caller, [&token], now).await?;
                 tx.delete_token(id, &digests, now).await?;
-                end_watch(watch, &tx, now).await?;
+                end_watch(watch, &tx).await?;
                 tx.audit([event("DeleteToken", Some(&caller), &token, "", Some(&token), None, now)]).await?;
                 issuer.fence.conclude(tx, now).await
             })
@@ -534,7 +547,7 @@ impl Issuer {
         now: Time,
     ) -> Result<Token> {
         let id = parse_id("id", &target.id)?;
-        let mut tx = self.store.begin_change().await?;
+        let mut tx = self.store.begin_change_by(caller, now).await?;
         let (before, digests) = self.find(&tx, caller, id, own).await?;
         check_etag(&before, target)?;
         let mut token = before.clone();
@@ -545,9 +558,9 @@ impl Issuer {
         }
         token.version += 1;
         token.update_time = now;
-        let watch = watch_root(&tx, [&before], now).await?;
+        let watch = watch_root(&tx, caller, [&before], now).await?;
         tx.update_token(&token, &digests).await?;
-        end_watch(watch, &tx, now).await?;
+        end_watch(watch, &tx).await?;
         if token.audiences != before.audiences {
             tx.replace_audiences(&token).await?;
         }
@@ -567,6 +580,25 @@ impl Issuer {
 
 const REVOKED: &str = "the token was revoked, which is for good; create a new one";
 const EXPIRED: &str = "the token has expired; create a new one";
+
+/// A token for oneself is good at the products and from the addresses of the presented one at most: at all of them, if none are named.
+fn keep_within(presented: &Token, new: &mut NewToken) {
+    if new.audiences.is_empty() {
+        new.audiences.clone_from(&presented.audiences);
+    } else if !presented.audiences.is_empty() {
+        for (index, _) in new.audiences.iter().enumerate().filter(|(_, audience)| !presented.audiences.contains(audience)) {
+            new.violations.add(format!("audiences[{index}]"), "must be one of the presented token's audiences");
+        }
+    }
+    if new.allowed_cidrs.is_empty() {
+        new.allowed_cidrs = presented.allowed_cidrs.iter().map(ToString::to_string).collect();
+    } else if !presented.allowed_cidrs.is_empty() {
+        let is_within = |text: &str| rules::cidr(text).is_ok_and(|range| presented.allowed_cidrs.iter().any(|held| held.contains(&range)));
+        for (index, _) in new.allowed_cidrs.iter().enumerate().filter(|(_, text)| !is_within(text)) {
+            new.violations.add(format!("allowed_cidrs[{index}]"), "must lie within one of the presented token's ranges");
+        }
+    }
+}
 
 /// Sees to it that there is room for one more token of this principal, which nobody else takes before this transaction ends. Answers the principal if it
 /// was never heard of and was made now.
@@ -608,14 +640,14 @@ fn subjects(digests: &[Digest]) -> Vec<Subject> {
 }
 
 /// Watches over the last root token if one of these is one.
-async fn watch_root<'a>(tx: &Tx<'_>, tokens: impl IntoIterator<Item = &'a Token>, now: Time) -> Result<Option<RootWatch>> {
+async fn watch_root<'a>(tx: &Tx<'_>, caller: &Caller, tokens: impl IntoIterator<Item = &'a Token>, now: Time) -> Result<Option<RootWatch>> {
     let is_root = |token: &Token| token.scopes.iter().any(|scope| Right::of(scope) == Some(Right::Root));
-    if tokens.into_iter().any(is_root) { RootWatch::begin(tx, now).await.map(Some) } else { Ok(None) }
+    if tokens.into_iter().any(is_root) { RootWatch::begin(tx, caller, now).await.map(Some) } else { Ok(None) }
 }
 
-async fn end_watch(watch: Option<RootWatch>, tx: &Tx<'_>, now: Time) -> Result<()> {
+async fn end_watch(watch: Option<RootWatch>, tx: &Tx<'_>) -> Result<()> {
     match watch {
-        Some(watch) => watch.end(tx, now).await,
+        Some(watch) => watch.end(tx).await,
         None => Ok(()),
     }
 }
@@ -633,6 +665,12 @@ fn draft(caller: &Caller, new: NewToken, workspace: &Brief, request: &RequestId,
     rules::metadata("metadata", &new.metadata, &mut violations);
     violations.take("session_id", rules::session_id(&new.session_id, kind));
     let end = rules::expire_time(new.lifetime, kind, &workspace.policy, now);
+    let end = match (end, new.end_max) {
+        (Ok(end), Some(latest)) if end > latest && new.lifetime != Lifetime::Usual => {
+            Err(("ttl", format!("must not be longer than the presented token lives, until {latest}")))
+        }
+        (end, latest) => end.map(|end| latest.map_or(end, |latest| end.min(latest))),
+    };
     let expire_time = end.map_err(|(field, rule)| violations.add(field, rule)).unwrap_or(now);
     if !request.id.is_empty() {
         violations.take("request_id", rules::request_id(&request.id));

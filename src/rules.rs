@@ -25,7 +25,7 @@ const LIFETIME_MIN: Duration = Duration::from_secs(1);
 const PERMANENT_MAX: Duration = Duration::from_hours((100 * 365 + 25) * 24);
 const TEMPORARY_MAX: Duration = Duration::from_hours(30 * 24);
 const GRACE_MAX: Duration = Duration::from_hours(7 * 24);
-const TOKENS_PER_PRINCIPAL_MAX: u32 = 1_000_000;
+const TOKENS_PER_PRINCIPAL_MAX: u32 = 100_000;
 const WORKSPACE_CHARS_MAX: usize = 63;
 /// RFC 5321, section 4.5.3.1.3: a path of 256 characters, less its angle brackets.
 const EMAIL_CHARS_MAX: usize = 254;
@@ -135,7 +135,7 @@ pub fn allowed_cidrs(field: &str, texts: &[String], violations: &mut Violations)
 }
 
 /// A range, or a single address as a range of one. Bits behind the prefix are refused: they are most often a slip.
-fn cidr(text: &str) -> Result<IpNet, String> {
+pub fn cidr(text: &str) -> Result<IpNet, String> {
     const RULE: &str = "must be an address range such as 10.0.0.0/8 or 2001:db8::/32, or a single address";
     let range = match text.parse::<std::net::IpAddr>() {
         Ok(address) => IpNet::from(address),

@@ -31,8 +31,8 @@ use crate::{
     api::{self, Api, gate},
     audit::Audit,
     cache::Cache,
-    config::Config,
-    directory::Directory,
+    config::{CertificateIdentity, Config},
+    directory::{Certificate, Directory},
     error::Error,
     fence::Fence,
     issuer::Issuer,
@@ -284,7 +284,7 @@ impl Rooms {
         let usage = Arc::new(Usage::default());
         let fence = Fence::new(Arc::clone(&cache), Arc::clone(&store));
         let issuer = Issuer::new(Arc::clone(&keyring), Arc::clone(&store), Arc::clone(&fence));
-        let directory = Directory::new(Arc::clone(&keyring), Arc::clone(&store), Arc::clone(&fence));
+        let directory = Directory::new(Arc::clone(&keyring), Arc::clone(&store), Arc::clone(&fence), certificates_of(config));
         let audit = Audit::new(Arc::clone(&keyring), Arc::clone(&store));
         let periods = Periods { tokens: config.token_retention, audit: config.audit_retention };
         let retention = Retention::new(Arc::clone(&store), Arc::clone(&fence), periods);
@@ -296,6 +296,7 @@ impl Rooms {
             Error::Internal(source) => source.to_string(),
             error => error.to_string(),
         })?;
+        directory.make_certificates_principals(clock.now()).await.map_err(|error| error.to_string())?;
         let validator = Validator::new(keyring, Arc::clone(&cache), Arc::clone(&store), Arc::clone(&usage));
         Ok(Self { clock, cache, store, usage, validator, issuer, directory, audit, fence, retention, metrics, certificates })
     }
@@ -307,6 +308,16 @@ impl Rooms {
             Some(Err(error)) => tracing::error!(%error, "the certificates on disk cannot be used; those from before stay"),
         }
     }
+}
+
+/// Whom certificates stand for.
+fn certificates_of(config: &Config) -> Vec<Certificate> {
+    let certificate = |identity: &CertificateIdentity| Certificate {
+        workspace: identity.workspace.clone(),
+        principal: identity.principal.clone(),
+        scopes: identity.scopes.clone(),
+    };
+    config.tls.iter().flat_map(|tls| &tls.clients).map(certificate).collect()
 }
 
 /// rustls takes one provider for the whole process.

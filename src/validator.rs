@@ -142,9 +142,13 @@ impl Validator {
     /// # Errors
     /// `Unavailable` and `Overloaded`, when the store has to be asked and does not answer. Never about the token.
     pub async fn validate(self: &Arc<Self>, question: Question<'_>, now: Time) -> Result<Answer> {
-        let Some(digest) = self.keyring.prove(question.text) else {
-            return Ok(Answer::UNKNOWN);
-        };
+        match self.keyring.prove(question.text) {
+            Some(digest) => self.validate_digest(digest, question, now).await,
+            None => Ok(Answer::UNKNOWN),
+        }
+    }
+
+    async fn validate_digest(self: &Arc<Self>, digest: Digest, question: Question<'_>, now: Time) -> Result<Answer> {
         let fact = match self.cache.get(&digest) {
             Some(fact) => {
                 self.hits.fetch_add(1, Ordering::Relaxed);
@@ -190,10 +194,12 @@ impl Validator {
     /// As [`Validator::validate`].
     pub async fn identify(self: &Arc<Self>, text: &[u8], address: Option<IpAddr>, peek: bool, now: Time) -> Result<Identity> {
         let need = Need { client_ip: address, ..Need::default() };
-        let answer = self.validate(Question { text, need, http: None, peek }, now).await?;
+        let Some(digest) = self.keyring.prove(text) else { return Ok(Identity::Refused(None)) };
+        let answer = self.validate_digest(digest, Question { text, need, http: None, peek }, now).await?;
+        let caller = |grant: &Grant| Caller::of_grant(grant, Some(digest), address);
         Ok(match answer.grant {
-            Some(grant) if answer.verdict == Verdict::Valid => Identity::Good(Caller::of_grant(&grant, address)),
-            grant => Identity::Refused(grant.map(|grant| Caller::of_grant(&grant, address))),
+            Some(grant) if answer.verdict == Verdict::Valid => Identity::Good(caller(&grant)),
+            grant => Identity::Refused(grant.map(|grant| caller(&grant))),
         })
     }
 

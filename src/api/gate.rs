@@ -28,7 +28,11 @@ use tokio::{sync::Semaphore, time::timeout};
 use tonic::{Code, Status, body::Body, service::Routes};
 use tower_service::Service as _;
 
-use super::{Api, Call, reports::Reports, status};
+use super::{
+    Api, Call,
+    rates::{OwnChanges, Reports},
+    status,
+};
 use crate::{
     ambient::{Clock, Stopwatch},
     audit::Refusal,
@@ -42,6 +46,9 @@ use crate::{
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
 const HEALTH_CALLS_MAX: usize = 1_024;
 const REPORT_CALLS_MAX: usize = 64;
+/// Methods that make tokens or secrets for the caller's own principal.
+const OWN_CHANGES: [&str; 3] =
+    ["/keyward.v1.SelfService/CreateMyToken", "/keyward.v1.SelfService/IssueTemporaryToken", "/keyward.v1.SelfService/RegenerateSelf"];
 /// Answers to calls of the control plane that the audit keeps a sample of.
 const REFUSALS: [Code; 4] = [Code::Unauthenticated, Code::PermissionDenied, Code::NotFound, Code::FailedPrecondition];
 /// How long the caller waits (<https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>).
@@ -200,18 +207,22 @@ pub struct Limits {
     pub address_reports_max: NonZeroU32,
     /// Reports of leaked tokens from everywhere: so many at once, and as many in a second.
     pub reports_max: NonZeroU32,
+    /// Tokens and secrets that one principal makes for itself: so many at once, and as many in a minute.
+    pub own_changes_max: NonZeroU32,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         const ADDRESS_REPORTS: NonZeroU32 = NonZeroU32::new(30).unwrap();
         const REPORTS: NonZeroU32 = NonZeroU32::new(50).unwrap();
+        const OWN: NonZeroU32 = NonZeroU32::new(60).unwrap();
         Self {
             data_calls_max: 4_096,
             control_calls_max: 256,
             deadline_max: Duration::from_secs(15),
             address_reports_max: ADDRESS_REPORTS,
             reports_max: REPORTS,
+            own_changes_max: OWN,
         }
     }
 }
@@ -236,6 +247,7 @@ pub struct Gate {
     health_calls: Semaphore,
     report_calls: Semaphore,
     reports: Reports,
+    own_changes: OwnChanges,
     active: Arc<AtomicUsize>,
 }
 
@@ -253,6 +265,7 @@ impl Gate {
             health_calls: Semaphore::new(HEALTH_CALLS_MAX),
             report_calls: Semaphore::new(REPORT_CALLS_MAX),
             reports: Reports::new(limits.address_reports_max, limits.reports_max),
+            own_changes: OwnChanges::new(limits.own_changes_max),
             active: Arc::default(),
         }
     }
@@ -349,6 +362,9 @@ impl Gate {
             return Err(status::overloaded("too many calls are under way; try again".to_owned()));
         };
         if let Some(call) = self.identify(method, request.headers(), peer, Judge::WithTheMessage, who).await? {
+            if OWN_CHANGES.contains(&method.path) && !self.own_changes.admit(&call.caller.workspace, &call.caller.principal) {
+                return Err(status::overloaded("this principal makes too many tokens for itself; try again in a minute".to_owned()));
+            }
             request.headers_mut().remove(AUTHORIZATION);
             request.extensions_mut().insert(call);
         }

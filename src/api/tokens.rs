@@ -125,6 +125,7 @@ fn new_token(message: proto::CreateTokenRequest) -> NewToken {
         allowed_cidrs: message.allowed_cidrs,
         metadata: message.metadata,
         session_id: message.session_id,
+        end_max: None,
         lifetime,
         violations,
     }

@@ -20,7 +20,7 @@ pub(super) const KEYS: [&str; 7] = [
     "max_tokens_per_principal",
 ];
 
-pub(super) const TOKENS_MAX: i64 = 1_000_000;
+pub(super) const TOKENS_MAX: i64 = 100_000;
 
 pub(super) fn args() -> [Arg; 7] {
     [

@@ -399,7 +399,7 @@ mod tests {
             ("[policy]\ndefault_ttl = \"90\"", "policy.default_ttl: 90 is not a span of time"),
             ("[policy]\ndefault_ttl = \"0s\"", "policy.default_ttl: it must be at least 1s"),
             ("[policy]\nallow_never = \"true\"", "policy.allow_never: must be true or false, without quotes"),
-            ("[policy]\nmax_tokens_per_principal = 0", "policy.max_tokens_per_principal: must be a number from 1 to 1000000"),
+            ("[policy]\nmax_tokens_per_principal = 0", "policy.max_tokens_per_principal: must be a number from 1 to 100000"),
             ("resources = \"x\"", "resources: must be tables: [[resources]]"),
             ("resources = [1]", "resources[0]: must be a table"),
             ("[[resources]]\nresource = \"a\"\nendpoint = \"/a\"", "resources[0].operations: is missing: add a line such as"),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Directory, PageRequest, check_etag};
+use super::{Certificate, Directory, PageRequest, check_etag};
 use crate::{
     ambient::Time,
     caller::Caller,
@@ -65,7 +65,7 @@ impl Directory {
     }
 
     async fn upsert_now(self: &Arc<Self>, caller: &Caller, wished: Principal, etag: &str, now: Time) -> Result<(Principal, bool)> {
-        let mut tx = self.store.begin_change().await?;
+        let mut tx = self.store.begin_change_by(caller, now).await?;
         tx.brief(&wished.workspace).await?.ok_or(Error::NotFound("workspace"))?;
         let before = tx.principal(&wished.workspace, &wished.id).await?;
         match &before {
@@ -168,7 +168,7 @@ impl Directory {
         let directory = Arc::clone(self);
         self.fence
             .run(async move {
-                let mut tx = directory.store.begin_change().await?;
+                let mut tx = directory.store.begin_change_by(&caller, now).await?;
                 let before = directory.find(&tx, &caller, &workspace, &target, now).await?;
                 if suspended {
                     refuse_self(&caller, &before)?;
@@ -178,9 +178,9 @@ impl Directory {
                     return Ok(before);
                 }
                 let after = Principal { suspended, version: before.version + 1, update_time: now, ..before.clone() };
-                let watch = RootWatch::begin(&tx, now).await?;
+                let watch = RootWatch::begin(&tx, &caller, now).await?;
                 tx.update_principal(&after).await?;
-                watch.end(&tx, now).await?;
+                watch.end(&tx).await?;
                 tx.audit([event(method, &caller, &after, &reason, Some(&before), Some(&after), now)]).await?;
                 directory.fence.conclude(tx, now).await?;
                 Ok(after)
@@ -197,7 +197,7 @@ impl Directory {
         let directory = Arc::clone(self);
         self.fence
             .run(async move {
-                let mut tx = directory.store.begin_change().await?;
+                let mut tx = directory.store.begin_change_by(&caller, now).await?;
                 let before = match directory.find(&tx, &caller, &workspace, &target, now).await {
                     Err(error @ Error::NotFound(_)) => {
                         // A call before may have deleted it and failed: what is known of it ends now at the latest.
@@ -207,12 +207,12 @@ impl Directory {
                     found => found?,
                 };
                 refuse_self(&caller, &before)?;
-                let watch = RootWatch::begin(&tx, now).await?;
+                let watch = RootWatch::begin(&tx, &caller, now).await?;
                 let live = tx.live_tokens(&workspace, &before.id, now).await?;
                 let ending = Ending { method: "DeletePrincipal", actor: Some(&caller), reason: &reason };
                 issuer::end_all(&mut tx, &live, ending, now).await?;
                 tx.delete_principal(&before).await?;
-                watch.end(&tx, now).await?;
+                watch.end(&tx).await?;
                 tx.audit([event("DeletePrincipal", &caller, &before, &reason, Some(&before), None, now)]).await?;
                 directory.fence.conclude(tx, now).await?;
                 Ok(live.len())
@@ -224,9 +224,10 @@ impl Directory {
     async fn find(&self, tx: &Tx<'_>, caller: &Caller, workspace: &str, target: &PrincipalTarget, now: Time) -> Result<Principal> {
         tx.brief(workspace).await?.ok_or(Error::NotFound("workspace"))?;
         let found = tx.principal(workspace, &target.id).await?.ok_or(Error::NotFound("principal"))?;
-        for (token, _) in tx.live_tokens(workspace, &target.id, now).await? {
-            caller.outranks(&token.scopes)?;
-        }
+        caller.outranks(&tx.live_scopes(workspace, &target.id, now).await?)?;
+        let mut certificates = self.certificates.iter();
+        let is_theirs = |certificate: &&Certificate| certificate.workspace == *workspace && certificate.principal == target.id;
+        certificates.by_ref().filter(is_theirs).try_for_each(|certificate| caller.outranks(&certificate.scopes))?;
         check_etag(found.version, &target.etag)?;
         Ok(found)
     }
@@ -261,7 +262,7 @@ fn subject(principal: &Principal) -> Subject {
     Subject::Principal { workspace: principal.workspace.clone(), id: principal.id.clone() }
 }
 
-fn event<'a>(
+pub(super) fn event<'a>(
     method: &'static str,
     actor: &'a Caller,
     principal: &'a Principal,

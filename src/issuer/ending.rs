@@ -7,7 +7,7 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use super::{Issuer, end, end_watch, event, watch_root};
 use crate::{
-    ambient::{self, Stopwatch, Time},
+    ambient::{self, Time},
     caller::Caller,
     error::{Error, Result, Violations},
     grant::{State, Token},
@@ -20,6 +20,10 @@ const REPORTED_MAX: usize = 100;
 const REPORTED_CHARS_MAX: usize = 256;
 /// A report is answered after this time: longer than a change takes, so that nobody sees whether there was one.
 const REPORT_TIME: Duration = Duration::from_millis(500);
+/// For an hour of an outage.
+const REPORT_ATTEMPTS: u32 = 7_200;
+/// Reports that are not done yet, whatever is in them.
+pub(super) const REPORTS_MAX: usize = 256;
 
 /// Who ends tokens, by which method, and why.
 #[derive(Clone, Copy)]
@@ -66,16 +70,18 @@ impl Issuer {
         let (issuer, principal) = (Arc::clone(self), principal.to_owned());
         self.fence
             .run(async move {
-                let mut tx = issuer.store.begin_change().await?;
+                let mut tx = issuer.store.begin_change_by(&caller, now).await?;
                 tx.brief(&workspace).await?.ok_or(Error::NotFound("workspace"))?;
+                // Whoever creates a token of this principal has its lock: they are through, or come after this.
+                tx.principal(&workspace, &principal).await?;
                 let live = tx.live_tokens(&workspace, &principal, now).await?;
                 for (token, _) in &live {
                     caller.outranks(&token.scopes)?;
                 }
-                let watch = watch_root(&tx, live.iter().map(|(token, _)| token), now).await?;
+                let watch = watch_root(&tx, &caller, live.iter().map(|(token, _)| token), now).await?;
                 let ending = Ending { method: "RevokePrincipalTokens", actor: Some(&caller), reason: &reason };
                 end_all(&mut tx, &live, ending, now).await?;
-                end_watch(watch, &tx, now).await?;
+                end_watch(watch, &tx).await?;
                 issuer.fence.conclude(tx, now).await?;
                 Ok(live.len())
             })
@@ -102,37 +108,59 @@ impl Issuer {
         let issuer = Arc::clone(self);
         self.fence
             .run(async move {
-                let mut tx = issuer.store.begin_change().await?;
+                let mut tx = issuer.store.begin_change_by(&caller, now).await?;
                 tx.brief(&workspace).await?.ok_or(Error::NotFound("workspace"))?;
                 let principal = Some(&*caller.principal).filter(|_| !caller.is_admin());
-                let live = tx.live_session(&workspace, &session_id, principal, now).await?;
-                for (token, _) in live.iter().filter(|(token, _)| !is_own || *token.principal != *caller.principal) {
-                    caller.outranks(&token.scopes)?;
-                }
-                let watch = watch_root(&tx, live.iter().map(|(token, _)| token), now).await?;
                 let ending = Ending { method: "EndSession", actor: Some(&caller), reason: "SESSION_ENDED" };
-                end_all(&mut tx, &live, ending, now).await?;
-                end_watch(watch, &tx, now).await?;
+                let mut ended = 0;
+                // Ending a token waits for those that it is just creating: after that they are there to be seen.
+                loop {
+                    let live = tx.live_session(&workspace, &session_id, principal, now).await?;
+                    if live.is_empty() {
+                        break;
+                    }
+                    for (token, _) in live.iter().filter(|(token, _)| !is_own || *token.principal != *caller.principal) {
+                        caller.outranks(&token.scopes)?;
+                    }
+                    let watch = watch_root(&tx, &caller, live.iter().map(|(token, _)| token), now).await?;
+                    end_all(&mut tx, &live, ending, now).await?;
+                    end_watch(watch, &tx).await?;
+                    ended += live.len();
+                }
                 issuer.fence.conclude(tx, now).await?;
-                Ok(live.len())
+                Ok(ended)
             })
             .await
     }
 
-    /// Ends the tokens that are among these texts. The answer does not say whether there were any.
+    /// Ends the tokens that are among these texts. The answer comes after the same time, and does not say whether there were any, nor whether they are ended
+    /// already: if the store is away or busy, that is tried again until it is done.
     ///
     /// # Errors
-    /// `Invalid`, `Unavailable`, `Overloaded`.
+    /// `Invalid`; `Overloaded`, if too many reports are not done yet.
     pub async fn report_leaked(self: &Arc<Self>, texts: &[String], address: Option<IpAddr>, now: Time) -> Result<()> {
         check_report(texts)?;
-        let watch = Stopwatch::start();
+        let permit = Arc::clone(&self.reports).try_acquire_owned();
+        let permit = permit.map_err(|_| Error::Overloaded("too many reports are under way; try again"))?;
         let mut digests: Vec<Digest> = texts.iter().filter_map(|text| self.keyring.prove(text.trim().as_bytes())).collect();
         digests.sort_unstable_by_key(|digest| *digest.as_bytes());
         digests.dedup();
-        let issuer = Arc::clone(self);
-        let ended = self.fence.run(async move { issuer.end_leaked(digests, address, now).await }).await;
-        tokio::time::sleep(REPORT_TIME.saturating_sub(watch.elapsed())).await;
-        ended
+        let issuer = Arc::downgrade(self);
+        tokio::spawn(async move {
+            let _permit = permit;
+            for _ in 0..REPORT_ATTEMPTS {
+                let Some(issuer) = issuer.upgrade() else { return };
+                match issuer.end_leaked(digests.clone(), address, now).await {
+                    Ok(()) => return,
+                    Err(error) => tracing::warn!(%error, "reported tokens could not be ended; it is tried again"),
+                }
+                drop(issuer);
+                tokio::time::sleep(REPORT_TIME).await;
+            }
+            tracing::error!("reported tokens were not ended: the store was away for too long");
+        });
+        tokio::time::sleep(REPORT_TIME).await;
+        Ok(())
     }
 
     async fn end_leaked(self: &Arc<Self>, mut digests: Vec<Digest>, address: Option<IpAddr>, now: Time) -> Result<()> {

@@ -14,6 +14,9 @@ use crate::{
     token::{self, TokenId},
 };
 
+/// Tokens that are read at once: one may hold 60 KiB of settings.
+const CHUNK: usize = 200;
+/// A page stays below what clients take by default, 4 MiB.
 const PAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
 /// What a token takes on a page beside its settings, at most.
 const PAGE_TOKEN_BYTES: usize = 1_024;
@@ -83,13 +86,31 @@ impl Issuer {
         if *filter.workspace != *caller.workspace && self.store.brief(&filter.workspace).await?.is_none() {
             return Err(Error::NotFound("workspace"));
         }
-        let mut tokens = self.store.tokens(&filter, order, after.as_ref(), limit + 1, now).await?;
-        let found = tokens.len();
-        tokens.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
-        cut_to_page(&mut tokens);
-        let more = tokens.len() < found;
+        let (tokens, more) = self.read(&filter, order, after, limit, now).await?;
         let next = tokens.last().filter(|_| more).map(|last| self.seal_page(&purpose, &Cursor::after(last, order))).transpose()?;
         Ok((tokens, next))
+    }
+
+    /// Reads at most `limit` tokens, and no more than fit on a page; says whether there are more.
+    async fn read(&self, filter: &Filter, order: Order, mut after: Option<Cursor>, limit: u64, now: Time) -> Result<(Vec<Token>, bool)> {
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+        let (mut tokens, mut bytes) = (Vec::new(), 0);
+        loop {
+            let wanted = CHUNK.min(limit - tokens.len() + 1);
+            let chunk = self.store.tokens(filter, order, after.as_ref(), u64::try_from(wanted).unwrap_or(u64::MAX), now).await?;
+            let is_last = chunk.len() < wanted;
+            for token in chunk {
+                bytes += PAGE_TOKEN_BYTES + settings(&token).to_string().len();
+                if tokens.len() == limit || (bytes > PAGE_BYTES_MAX && !tokens.is_empty()) {
+                    return Ok((tokens, true));
+                }
+                after = Some(Cursor::after(&token, order));
+                tokens.push(token);
+            }
+            if is_last {
+                return Ok((tokens, false));
+            }
+        }
     }
 
     fn seal_page(&self, purpose: &[u8], cursor: &Cursor) -> Result<String> {
@@ -101,17 +122,6 @@ impl Issuer {
         let (id, key) = plain.split_once(' ').ok_or(rules::PAGE_TOKEN)?;
         Ok(Cursor { id: TokenId::parse(id).ok_or(rules::PAGE_TOKEN)?, key: key.to_owned() })
     }
-}
-
-/// Keeps a page below what clients take by default, 4 MiB: one token may hold 60 KiB of settings.
-fn cut_to_page(tokens: &mut Vec<Token>) {
-    let mut bytes = 0;
-    let fits = |token: &Token| {
-        bytes += PAGE_TOKEN_BYTES + settings(token).to_string().len();
-        bytes <= PAGE_BYTES_MAX
-    };
-    let count = tokens.iter().map(fits).take_while(|fits| *fits).count();
-    tokens.truncate(count.max(1));
 }
 
 fn some(text: String) -> Option<String> {

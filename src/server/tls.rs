@@ -70,6 +70,7 @@ impl Certificates {
 fn caller_of(identity: &CertificateIdentity, stream: &TlsStream<TcpStream>) -> Caller {
     Caller {
         token_id: None,
+        digest: None,
         workspace: identity.workspace.as_str().into(),
         principal: identity.principal.as_str().into(),
         scopes: identity.scopes.clone().into(),

@@ -1,7 +1,8 @@
 //! Workspaces and principals: reading and changing them.
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
+use ipnet::IpNet;
 use sea_orm::{
     ActiveModelTrait as _,
     ActiveValue::Set,
@@ -13,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::{
     Store, Tx, damaged,
-    entity::{principal, workspace},
+    entity::{principal, split, workspace},
     translate,
 };
 use crate::{
@@ -23,6 +24,10 @@ use crate::{
     scope::{Operation, Resource},
     workspace::{Brief, Policy, Principal, PrincipalKind, Role, Workspace},
 };
+
+/// Whether a principal or its workspace is suspended or is not there, and whether it is an administrator.
+pub(super) const STANDING: &str = "SELECT w.suspended OR COALESCE(p.suspended, TRUE), COALESCE(p.role, 1) = 2 FROM workspace w \
+     LEFT JOIN principal p ON p.workspace = w.id AND p.id = $2 WHERE w.id = $1 AND w.delete_time IS NULL";
 
 impl Store {
     /// One workspace, if it was not deleted.
@@ -93,14 +98,12 @@ impl Store {
         rows.into_iter().map(principal_of).collect()
     }
 
-    /// Whether a principal or its workspace is suspended or gone, and whether it has the role of an administrator. A principal that was never heard of is
-    /// neither.
+    /// Whether a principal or its workspace is suspended or is not there, and whether it has the role of an administrator.
     ///
     /// # Errors
     /// `Unavailable`, `Overloaded`.
     pub async fn standing(&self, workspace: &str, principal: &str) -> Result<(bool, bool)> {
-        let sql = "SELECT w.suspended OR COALESCE(p.suspended, FALSE), COALESCE(p.role, 1) = 2 FROM workspace w \
-                   LEFT JOIN principal p ON p.workspace = w.id AND p.id = $2 WHERE w.id = $1 AND w.delete_time IS NULL";
+        let sql = STANDING;
         let statement = Statement::from_sql_and_values(self.backend(), sql, [workspace.into(), principal.into()]);
         match self.reading_facts(self.reader.query_one_raw(statement)).await? {
             None => Ok((true, false)),
@@ -280,16 +283,23 @@ impl Tx<'_> {
         row.map_or(Ok(0), |row| row.try_get_by_index(0).map_err(translate))
     }
 
-    /// Whether any token with `keyward:root` works, as things stand in this transaction.
+    /// Whether any token with `keyward:root` works from this address for some time yet, as things stand in this transaction.
     ///
     /// # Errors
     /// `Unavailable`.
-    pub async fn a_root_token_works(&self, now: Time) -> Result<bool> {
-        let sql = "SELECT 1 FROM token t JOIN workspace w ON w.id = t.workspace \
+    pub async fn a_root_token_works(&self, address: Option<IpAddr>, until: Time) -> Result<bool> {
+        let sql = "SELECT DISTINCT t.allowed_cidrs FROM token t JOIN workspace w ON w.id = t.workspace \
                    LEFT JOIN principal p ON p.workspace = t.workspace AND p.id = t.principal \
                    WHERE t.is_root AND t.delete_time IS NULL AND t.state = 1 AND t.expire_time > $1 \
-                   AND w.delete_time IS NULL AND NOT w.suspended AND NOT COALESCE(p.suspended, FALSE) LIMIT 1";
-        Ok(self.query_one(sql, vec![now.micros().into()]).await?.is_some())
+                   AND w.delete_time IS NULL AND NOT w.suspended AND NOT COALESCE(p.suspended, FALSE)";
+        let statement = Statement::from_sql_and_values(self.store().backend(), sql, [until.micros().into()]);
+        for row in self.bounded(self.inner().query_all_raw(statement)).await? {
+            let ranges: Vec<IpNet> = split("token.allowed_cidrs", &row.try_get_by_index::<String>(0).map_err(translate)?)?;
+            if ranges.is_empty() || address.is_some_and(|address| ranges.iter().any(|range| range.contains(&address.to_canonical()))) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 }
 

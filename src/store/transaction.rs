@@ -5,20 +5,22 @@
 //! Invariant: a change is there with its audit row, or not at all (test `no_acknowledged_change_is_lost_by_kill_nine`).
 
 use sea_orm::{
-    ActiveValue::Set, ColumnTrait as _, ConnectionTrait as _, DatabaseTransaction, DbErr, EntityTrait as _, IntoActiveModel as _,
-    QueryFilter as _, QueryOrder as _, Statement, TransactionTrait as _, Value, sea_query::Condition,
+    ActiveValue::Set, ColumnTrait as _, ConnectionTrait as _, DatabaseTransaction, DbBackend, DbErr, EntityTrait as _,
+    IntoActiveModel as _, QueryFilter as _, QueryOrder as _, Statement, TransactionTrait as _, Value, sea_query::Condition,
 };
 use tokio::{sync::SemaphorePermit, time::timeout};
 
 use super::{
-    AuditEvent, Store, WORK_TIMEOUT, damaged,
+    AuditEvent, Store, WORK_TIMEOUT, damaged, directory,
     entity::{self, audience, audit, change, token, usage},
     tokens, translate,
 };
 use crate::{
     ambient::{Stopwatch, Time},
+    caller::Caller,
     error::{Error, Result},
     grant::{State, Subject, Token},
+    scope::Scope,
     token::{Digest, TokenId},
 };
 
@@ -60,6 +62,16 @@ impl Store {
         let row = tx.query_one("UPDATE change_head SET seq = seq + 1 WHERE id = 1 RETURNING seq", vec![]).await?;
         let row = row.ok_or_else(|| damaged("change_head"))?;
         tx.seq = Some(row.try_get_by_index(0).map_err(translate)?);
+        Ok(tx)
+    }
+
+    /// As [`Store::begin_change`], for a caller who still stands when their turn has come: they may have waited long.
+    ///
+    /// # Errors
+    /// `Unauthenticated`, `Unavailable`, `Overloaded`.
+    pub async fn begin_change_by(&self, caller: &Caller, now: Time) -> Result<Tx<'_>> {
+        let tx = self.begin_change().await?;
+        tx.require(caller, now).await?;
         Ok(tx)
     }
 
@@ -144,6 +156,10 @@ impl Tx<'_> {
         done.map_err(translate)
     }
 
+    pub(super) fn store(&self) -> &Store {
+        self.store
+    }
+
     pub(super) fn inner(&self) -> &DatabaseTransaction {
         &self.inner
     }
@@ -168,6 +184,39 @@ impl Tx<'_> {
         &self.touched
     }
 
+    /// Refuses a caller who was judged before this transaction and does not stand any more. The caller's token cannot be ended until this transaction has.
+    ///
+    /// # Errors
+    /// `Unauthenticated`, `Unavailable`.
+    pub async fn require(&self, caller: &Caller, now: Time) -> Result<()> {
+        let stands = match (caller.token_id, &caller.digest) {
+            (Some(id), Some(digest)) => self.token_stands(id, digest, &caller.scopes, now).await?,
+            (None, _) | (_, None) => self.certificate_stands(caller).await?,
+        };
+        let refusal = "the caller was revoked, suspended or changed while the call waited; look with WhoAmI what is left";
+        if stands { Ok(()) } else { Err(Error::Unauthenticated(refusal)) }
+    }
+
+    async fn token_stands(&self, id: TokenId, digest: &Digest, scopes: &[Scope], now: Time) -> Result<bool> {
+        let lock = if self.store.backend() == DbBackend::Postgres { "FOR SHARE OF t" } else { "" };
+        let sql = format!(
+            "SELECT t.scopes FROM token t JOIN workspace w ON w.id = t.workspace \
+             LEFT JOIN principal p ON p.workspace = t.workspace AND p.id = t.principal \
+             WHERE t.id = $1 AND t.state = 1 AND t.delete_time IS NULL AND t.expire_time > $2 \
+             AND (t.digest = $3 OR (t.previous_digest = $3 AND t.previous_expire_time > $2)) \
+             AND w.delete_time IS NULL AND NOT w.suspended AND NOT COALESCE(p.suspended, FALSE) {lock}"
+        );
+        let values = vec![id.to_string().into(), now.micros().into(), digest.as_bytes().to_vec().into()];
+        let row = self.query_one(&sql, values).await?;
+        row.map_or(Ok(false), |row| row.try_get_by_index::<String>(0).map(|held| held == entity::join(scopes)).map_err(translate))
+    }
+
+    async fn certificate_stands(&self, caller: &Caller) -> Result<bool> {
+        let values = vec![(&*caller.workspace).into(), (&*caller.principal).into()];
+        let row = self.query_one(directory::STANDING, values).await?;
+        row.map_or(Ok(false), |row| row.try_get_by_index::<bool>(0).map(|is_suspended| !is_suspended).map_err(translate))
+    }
+
     /// One token and the digests under which it may be known, if it is of this workspace (nothing: of any) and not deleted.
     ///
     /// # Errors
@@ -184,6 +233,23 @@ impl Tx<'_> {
     /// `Unavailable`.
     pub async fn live_tokens(&self, workspace: &str, principal: &str, now: Time) -> Result<Vec<(Token, Vec<Digest>)>> {
         self.live(Condition::all().add(token::Column::Workspace.eq(workspace)).add(token::Column::Principal.eq(principal)), now).await
+    }
+
+    /// The scopes that are held by the live tokens of a principal.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn live_scopes(&self, workspace: &str, principal: &str, now: Time) -> Result<Vec<Scope>> {
+        let sql = "SELECT DISTINCT scopes FROM token WHERE workspace = $1 AND principal = $2 AND expire_time > $3 \
+                   AND delete_time IS NULL AND state <> 3";
+        let statement =
+            Statement::from_sql_and_values(self.store.backend(), sql, [workspace.into(), principal.into(), now.micros().into()]);
+        let rows = self.bounded(self.inner.query_all_raw(statement)).await?;
+        let mut held = Vec::new();
+        for row in rows {
+            held.extend(entity::split::<Scope>("token.scopes", &row.try_get_by_index::<String>(0).map_err(translate)?)?);
+        }
+        Ok(held)
     }
 
     /// As [`Tx::live_tokens`], every token of a login session; of one principal if it is named.
@@ -328,12 +394,14 @@ impl Tx<'_> {
         self.execute(&sql, values).await.map(drop)
     }
 
-    /// The digests of a token, also of a deleted one.
+    /// The digests of a token, also of a deleted one, if it is of this workspace (nothing: of any).
     ///
     /// # Errors
     /// `Unavailable`.
-    pub async fn digests(&self, id: TokenId) -> Result<Vec<Digest>> {
-        let found = self.bounded(token::Entity::find_by_id(id.to_string()).one(&self.inner)).await?;
+    pub async fn digests(&self, id: TokenId, workspace: Option<&str>) -> Result<Vec<Digest>> {
+        let condition = Condition::all().add_option(workspace.map(|workspace| token::Column::Workspace.eq(workspace)));
+        let query = token::Entity::find_by_id(id.to_string()).filter(condition);
+        let found = self.bounded(query.one(&self.inner)).await?;
         found.map_or(Ok(Vec::new()), |row| digests_of(&row))
     }
 

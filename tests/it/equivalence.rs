@@ -13,7 +13,7 @@ use keyward::{
     ambient::Time,
     cache::Cache,
     caller::Caller,
-    directory::{Directory, PrincipalInput, PrincipalTarget, WorkspacePatch, WorkspaceTarget},
+    directory::{Certificate, Directory, PrincipalInput, PrincipalTarget, WorkspacePatch, WorkspaceTarget},
     error::{Error, Result},
     fence::Fence,
     grant::{Need, Verdict},
@@ -73,12 +73,18 @@ fn validator(keyring: &Arc<Keyring>, cache: Arc<Cache>, store: &Arc<Store>) -> A
 fn root() -> Caller {
     Caller {
         token_id: None,
+        digest: None,
         workspace: "headquarters".into(),
         principal: "operator".into(),
         scopes: Arc::new(["keyward:root".parse().expect("a scope")]),
         has_admin_role: false,
         address: None,
     }
+}
+
+fn headquarters() -> Vec<Certificate> {
+    let root = root();
+    vec![Certificate { workspace: root.workspace.to_string(), principal: root.principal.to_string(), scopes: root.scopes.to_vec() }]
 }
 
 impl Rooms {
@@ -92,7 +98,7 @@ impl Rooms {
         let periods = Periods { tokens: 30 * 24 * HOUR, audit: 365 * 24 * HOUR };
         let rooms = Self {
             cached: validator(&keyring, cache, &store),
-            directory: Directory::new(Arc::clone(&keyring), Arc::clone(&store), Arc::clone(&fence)),
+            directory: Directory::new(Arc::clone(&keyring), Arc::clone(&store), Arc::clone(&fence), headquarters()),
             retention: Retention::new(Arc::clone(&store), fence, periods),
             issuer,
             store,
@@ -100,6 +106,10 @@ impl Rooms {
             secrets: Vec::new(),
             now: BEGINNING,
         };
+        let patch = WorkspacePatch { display_name: Some("HQ".into()), prefix: Some("hq".into()), ..WorkspacePatch::default() };
+        let bootstrap = Caller { workspace: "default".into(), principal: "root".into(), ..root() };
+        rooms.directory.create_workspace(bootstrap, "headquarters", patch, rooms.now).await.expect("a workspace of our own");
+        rooms.directory.make_certificates_principals(rooms.now).await.expect("a principal of our own");
         rooms.add_other().await.expect("a second workspace");
         rooms
     }

@@ -415,7 +415,7 @@ async fn workspaces_name_every_wrong_field(world: World) {
         default_ttl: Some(Span::default()),
         max_permanent_ttl: Some(wire_days(36_526)),
         max_temporary_ttl: Some(wire_days(31)),
-        max_tokens_per_principal: 1_000_001,
+        max_tokens_per_principal: 100_001,
         ..Default::default()
     };
     let all = proto::Workspace { policy: Some(policy), ..new_workspace("Shop", "x") };
@@ -494,12 +494,12 @@ async fn workspaces_name_every_wrong_field(world: World) {
         default_ttl: Some(wire_days(36_525)),
         max_permanent_ttl: Some(wire_days(36_525)),
         max_temporary_ttl: Some(wire_days(30)),
-        max_tokens_per_principal: 1_000_000,
+        max_tokens_per_principal: 100_000,
         ..Default::default()
     };
     let most =
         proto::Workspace { display_name: "\u{f6}".repeat(100), policy: Some(most), ..new_workspace(&"s".repeat(63), "shopshopshop") };
-    assert_eq!(root.create_workspace(most).await.expect("made").policy.expect("a policy").max_tokens_per_principal, 1_000_000);
+    assert_eq!(root.create_workspace(most).await.expect("made").policy.expect("a policy").max_tokens_per_principal, 100_000);
     let second = Some(Span { seconds: 1, nanos: 0 });
     let least = proto::Policy {
         default_ttl: second,

@@ -338,7 +338,7 @@ pub fn lax_policy() -> proto::Policy {
     proto::Policy {
         max_permanent_ttl: Some(prost_types::Duration { seconds: 100 * 365 * 86_400, nanos: 0 }),
         allow_never: true,
-        max_tokens_per_principal: 1_000_000,
+        max_tokens_per_principal: 100_000,
         ..Default::default()
     }
 }

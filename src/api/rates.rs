@@ -1,8 +1,12 @@
-//! How often leaked tokens may be reported, by anybody.
+//! How often anybody may report leaked tokens, and a principal make tokens for itself.
 
 use std::{
     net::{IpAddr, Ipv6Addr},
     num::NonZeroU32,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
@@ -10,21 +14,51 @@ use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLim
 /// Addresses that are remembered before those that have been quiet are forgotten.
 const ADDRESSES_MAX: usize = 10_000;
 
+/// How many calls pass before those who have been quiet are looked for.
+const SWEEP_CALLS: usize = 1_000;
+
 /// A bound for each address, and one for all of them together.
 pub(super) struct Reports {
     all: DefaultDirectRateLimiter,
     by_address: DefaultKeyedRateLimiter<IpAddr>,
+    calls: AtomicUsize,
+}
+
+/// A bound for each principal on the tokens and secrets that it makes for itself: their rows stay long after they have ended.
+pub(super) struct OwnChanges {
+    by_principal: DefaultKeyedRateLimiter<(Arc<str>, Arc<str>)>,
+    calls: AtomicUsize,
+}
+
+impl OwnChanges {
+    /// So many at once, and as many in a minute.
+    pub(super) fn new(burst: NonZeroU32) -> Self {
+        Self { by_principal: RateLimiter::keyed(Quota::per_minute(burst)), calls: AtomicUsize::new(0) }
+    }
+
+    /// Whether this principal may make one more.
+    pub(super) fn admit(&self, workspace: &Arc<str>, principal: &Arc<str>) -> bool {
+        if self.calls.fetch_add(1, Ordering::Relaxed).is_multiple_of(SWEEP_CALLS) {
+            self.by_principal.retain_recent();
+        }
+        self.by_principal.check_key(&(Arc::clone(workspace), Arc::clone(principal))).is_ok()
+    }
 }
 
 impl Reports {
     /// For each address so many at once and as many in a minute; for all together so many at once and as many in a second.
     pub(super) fn new(address_burst: NonZeroU32, burst: NonZeroU32) -> Self {
-        Self { all: RateLimiter::direct(Quota::per_second(burst)), by_address: RateLimiter::keyed(Quota::per_minute(address_burst)) }
+        Self {
+            all: RateLimiter::direct(Quota::per_second(burst)),
+            by_address: RateLimiter::keyed(Quota::per_minute(address_burst)),
+            calls: AtomicUsize::new(0),
+        }
     }
 
     /// Whether one more report may come in from this address.
     pub(super) fn admit(&self, address: IpAddr) -> bool {
-        if self.by_address.len() > ADDRESSES_MAX {
+        // Now and then, so that a flood of addresses does not pay for all of them with each call.
+        if self.by_address.len() > ADDRESSES_MAX && self.calls.fetch_add(1, Ordering::Relaxed).is_multiple_of(SWEEP_CALLS) {
             self.by_address.retain_recent();
         }
         self.by_address.check_key(&network(address)).is_ok() && self.all.check().is_ok()
