@@ -24,7 +24,7 @@ use crate::{
 pub use crate::store::AuditRecord;
 
 /// Refused calls of one workspace that are kept at once, and how soon there is room for another one. No workspace uses up the room of another.
-const REFUSALS_MAX: u32 = 20;
+const REFUSALS_MAX: u32 = 100;
 const REFUSAL_INTERVAL: Duration = Duration::from_secs(10);
 /// Refused calls that wait for the store, all together.
 const WAITING_MAX: usize = 1_000;

@@ -174,7 +174,8 @@ impl Directory {
             version: 1,
         };
         let directory = Arc::clone(self);
-        self.fence
+        let created = self
+            .fence
             .run(async move {
                 let mut tx = directory.store.begin_change_by(&caller, now).await?;
                 claim_prefix(&tx, &workspace).await?;
@@ -185,7 +186,10 @@ impl Directory {
                 directory.fence.conclude(tx, now).await?;
                 Ok(workspace)
             })
-            .await
+            .await?;
+        // A certificate may have waited for it.
+        self.make_certificates_principals(now).await?;
+        Ok(created)
     }
 
     /// One workspace.

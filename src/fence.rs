@@ -113,7 +113,7 @@ async fn settle(fence: Weak<Fence>, subjects: Vec<Subject>) {
 }
 
 /// A root token that ends sooner than this is none to rely on.
-const ROOT_LIFETIME_MIN: Duration = Duration::from_hours(24);
+const ROOT_LIFETIME_MIN: Duration = Duration::from_hours(1);
 
 /// Sees to it that a change leaves a token with `keyward:root` that works from where the caller is, if there was one before it.
 #[derive(Clone, Copy)]
@@ -132,7 +132,7 @@ impl RootWatch {
     pub(crate) async fn end(self, tx: &Tx<'_>) -> Result<()> {
         if self.worked && !tx.a_root_token_works(self.address, self.until).await? {
             return Err(Error::precondition(
-                "this would end the last token with keyward:root that works from your address for another day: create another one first",
+                "this would end the last token with keyward:root that works from your address for another hour: create another one first",
             ));
         }
         Ok(())

@@ -415,7 +415,7 @@ async fn a_certificate_stands_and_falls_with_its_principal(world: World, ops: Ac
         assert_eq!(refusal(ops.who().await), Code::Unauthenticated, "root or not");
         root.resume_workspace("away").await.expect("done");
     }
-    assert_eq!(refusal(ops.suspend_principal("away", "ops").await), Code::NotFound, "nobody has made it");
+    assert_eq!(refusal(ops.suspend_principal("away", "ops").await), Code::FailedPrecondition, "it is the caller's own");
     root.delete_workspace("away").await.expect("done");
     for caller in [&gateway, &ops] {
         assert_eq!(refusal(caller.who().await), Code::Unauthenticated);

@@ -85,18 +85,18 @@ async fn refused_calls_are_sampled(world: World) {
     let written = world.queries("audit").await - written;
     assert!(written <= ticks, "{written} statements for 400 calls in {ticks} s");
     let unsampled = world.metric("keyward_audit_unsampled_total").await;
-    eventually("the rest is written", async || (refusals(&admin).await.len() >= 50).then_some(())).await;
+    eventually("the rest is written", async || (refusals(&admin).await.len() >= 100).then_some(())).await;
     tokio::time::sleep(Duration::from_millis(2_500)).await;
-    assert_eq!(refusals(&admin).await.len(), 50, "a burst of 50");
-    assert_eq!(unsampled, 400.0 - 46.0, "the rest is counted");
-    // Five more for each second.
-    world.advance(Duration::from_secs(2));
+    assert_eq!(refusals(&admin).await.len(), 100, "a burst of 100");
+    assert_eq!(unsampled, 400.0 - 96.0, "the rest is counted");
+    // One more for each 10 seconds.
+    world.advance(Duration::from_secs(109));
     for _ in 0..100 {
         assert_eq!(refusal(member.get(&gone_id).await), Code::PermissionDenied);
     }
-    eventually("more is written", async || (refusals(&admin).await.len() >= 60).then_some(())).await;
+    eventually("more is written", async || (refusals(&admin).await.len() >= 110).then_some(())).await;
     tokio::time::sleep(Duration::from_millis(1_500)).await;
-    assert_eq!(refusals(&admin).await.len(), 60);
+    assert_eq!(refusals(&admin).await.len(), 110);
     // What is asked of the data plane is judged, and no event.
     assert_eq!(refusal(member.ask(proto::ValidateTokenRequest::default()).await), Code::PermissionDenied);
     // What waits is not lost with a clean stop.
@@ -105,7 +105,7 @@ async fn refused_calls_are_sampled(world: World) {
     let mut world = world;
     world.restart().await;
     let root_again = world.root().await;
-    assert_eq!(refusals(&root_again).await.len(), 61);
+    assert_eq!(refusals(&root_again).await.len(), 111);
     drop(root);
 }
 
@@ -184,11 +184,11 @@ async fn ended_tokens_stay_for_their_time_and_go(world: World) {
         (rows("token", &revoked.id).await + rows("token", &expired).await + rows("token", &deleted.id).await == 0).then_some(())
     })
     .await;
-    eventually("the workspace goes", async || {
-        (world.db_number("SELECT COUNT(*) FROM workspace WHERE id = 'shop'").await == 0).then_some(())
+    eventually("what is in the workspace goes", async || {
+        (world.db_number("SELECT COUNT(*) FROM workspace WHERE id = 'shop' AND emptied").await == 1).then_some(())
     })
     .await;
-    assert_eq!((in_shop("token").await, in_shop("principal").await, in_shop("prefix").await), (0, 0, 0));
+    assert_eq!((in_shop("token").await, in_shop("principal").await, in_shop("prefix").await), (0, 0, 1));
     assert_eq!((rows("token_usage", &revoked.id).await, rows("token_audience", &expired).await), (0, 0));
     let names = listed().await;
     assert!(!names.contains("revoked") && !names.contains("expired"), "{names:?}");
@@ -196,16 +196,25 @@ async fn ended_tokens_stay_for_their_time_and_go(world: World) {
     let gone = [Verdict::Unknown, Verdict::Unknown, Verdict::Inactive, Verdict::Valid, Verdict::Unknown, Verdict::Unknown];
     assert_eq!(root.verdicts(&all).await, gone, "also what was in memory");
     assert_eq!(admin.verdict(&revoked_secret).await, Verdict::Unknown);
-    let made = root.create_workspace(shop("shop", "shop")).await.expect("both are free");
-    assert_eq!((made.id.as_str(), made.suspended), ("shop", false));
-    assert_eq!(refusal(root.principal("shop", "ann").await), Code::NotFound, "nobody came back");
     assert_eq!(root.verdict(&theirs).await, Verdict::Unknown);
+    assert_eq!(refusal(root.create_workspace(shop("shop", "other")).await), Code::AlreadyExists, "its audit is still there");
     let events = admin.events(Asked { token_id: revoked.id.clone(), ..Default::default() }).await.expect("events");
     let methods: BTreeSet<_> = events.iter().map(|event| event.method.as_str()).collect();
     assert_eq!(methods, BTreeSet::from(["RevokeToken", "CreateToken"]), "their audit stays");
     assert_eq!(world.metric("keyward_removed_total{kind=\"token\"}").await, 8.0, "{}", removed(&world).await);
-    assert_eq!(world.metric("keyward_removed_total{kind=\"workspace\"}").await, 1.0);
     assert_eq!(world.metric("keyward_removed_total{kind=\"audit_event\"}").await, 0.0);
+    // When its audit is gone too, its id and its prefix are free, and nobody finds anything of those who had them.
+    world.advance(365 * DAY);
+    eventually("the workspace goes", async || {
+        (world.db_number("SELECT COUNT(*) FROM workspace WHERE id = 'shop'").await + in_shop("prefix").await == 0).then_some(())
+    })
+    .await;
+    assert_eq!(world.metric("keyward_removed_total{kind=\"workspace\"}").await, 1.0);
+    let made = root.create_workspace(shop("shop", "shop")).await.expect("both are free");
+    assert_eq!((made.id.as_str(), made.suspended), ("shop", false));
+    assert_eq!(refusal(root.principal("shop", "ann").await), Code::NotFound, "nobody came back");
+    let events = root.events(Asked { workspace: "shop".to_owned(), ..Default::default() }).await.expect("events");
+    assert_eq!(events.iter().map(|event| event.method.as_str()).collect::<Vec<_>>(), ["CreateWorkspace"]);
 }
 
 async fn removed(world: &World) -> String {
