@@ -43,4 +43,5 @@ mod tidy;
 mod tls;
 mod tokens;
 mod validation;
+mod walls;
 mod world;
