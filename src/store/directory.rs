@@ -288,10 +288,10 @@ impl Tx<'_> {
     /// # Errors
     /// `Unavailable`.
     pub async fn a_root_token_works(&self, address: Option<IpAddr>, until: Time) -> Result<bool> {
-        let sql = "SELECT DISTINCT t.allowed_cidrs FROM token t JOIN workspace w ON w.id = t.workspace \
+        let sql = "SELECT t.allowed_cidrs FROM token t JOIN workspace w ON w.id = t.workspace \
                    LEFT JOIN principal p ON p.workspace = t.workspace AND p.id = t.principal \
                    WHERE t.is_root AND t.delete_time IS NULL AND t.state = 1 AND t.expire_time > $1 \
-                   AND w.delete_time IS NULL AND NOT w.suspended AND NOT COALESCE(p.suspended, FALSE)";
+                   AND w.delete_time IS NULL AND NOT w.suspended AND NOT COALESCE(p.suspended, FALSE) ORDER BY t.id LIMIT 1000";
         let statement = Statement::from_sql_and_values(self.store().backend(), sql, [until.micros().into()]);
         for row in self.bounded(self.inner().query_all_raw(statement)).await? {
             let ranges: Vec<IpNet> = split("token.allowed_cidrs", &row.try_get_by_index::<String>(0).map_err(translate)?)?;

@@ -104,7 +104,7 @@ const LOOK_UPS: [&str; 34] = [
     "DELETE FROM principal WHERE workspace = $1 AND id IN",
     "DELETE FROM principal WHERE workspace = $1 AND id = $2",
     "DELETE FROM prefix WHERE workspace = $1",
-    r#""workspace"."delete_time" <= "#,
+    "SELECT id FROM workspace WHERE emptied = $1 AND delete_time <= $2",
     r#"WHERE "workspace"."id" = "#,
     r#"WHERE "workspace"."delete_time" IS NULL ORDER BY "workspace"."id" ASC"#,
     r#""workspace"."id" > "#,

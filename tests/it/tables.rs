@@ -18,7 +18,7 @@ const FILL: [&str; 10] = [
     "INSERT INTO workspace (id, display_name, prefix, suspended, create_time, update_time, version, delete_time)
      SELECT 'team-' || (n - 1), 'Team', 'team' || (n - 1), false, 0, 0, 1, CAST(NULL AS BIGINT) FROM {numbers} WHERE n <= {teams}
      UNION ALL SELECT 'small', 'Small', 'sm', false, 0, 0, 1, NULL UNION ALL SELECT 'other', 'Other', 'ot', false, 0, 0, 1, NULL
-     UNION ALL SELECT 'gone', 'Gone', 'go', false, 0, 0, 1, {long_ago}",
+     UNION ALL SELECT 'gone', 'Gone', 'go', false, 0, 0, 1, {long_ago} - 400 * CAST(86400000000 AS BIGINT)",
     "INSERT INTO prefix (prefix, workspace) SELECT prefix, id FROM workspace WHERE id <> 'default'",
     "INSERT INTO principal (workspace, id, kind, display_name, suspended, create_time, update_time, version)
      SELECT 'default', 'person-' || n, 1, 'Person', false, 0, 0, 1 FROM {numbers} WHERE n <= 20000
@@ -26,7 +26,7 @@ const FILL: [&str; 10] = [
      UNION ALL SELECT 'team-' || ((n - 1) / 10), 'member-' || (n % 10), 1, 'Member', n % 100 = 7, 0, 0, 1 FROM {numbers} WHERE n <= {teams} * 10",
     "INSERT INTO token (id, workspace, digest, previous_digest, previous_expire_time, display_name, principal, kind, state, hint, scopes, audiences,
         allowed_cidrs, metadata, session_id, created_by, create_time, update_time, expire_time, revoke_time, revoke_reason, delete_time, version,
-        is_root)
+        is_root, prefix)
      SELECT 'tok_' || {padded}, {workspace}, {digest},
         CASE WHEN n % 100 = 3 THEN {digest} END, CASE WHEN n % 100 = 3 THEN {now} END, 'service ' || (n * 7919 % 1000003),
         CASE WHEN n > {large} THEN 'member-' || (n / 7 % 10) WHEN n % 20 = 4 THEN 'person-0' ELSE 'person-' || (n % 20000) END,
@@ -38,7 +38,7 @@ const FILL: [&str; 10] = [
         CASE WHEN n % 5000 = 21 THEN {long_ago} WHEN n % 20 = 11 THEN 9223372036854775807 WHEN n % 10 = 2 THEN {now} - n * 1000000
             ELSE {now} + n * 8000000 END,
         CASE WHEN n % 5000 = 22 THEN {long_ago} WHEN n % 25 = 7 OR n % 5000 = 25 THEN {now} END, '',
-        CASE WHEN n % 5000 = 23 THEN {long_ago} WHEN n % 100 = 14 THEN {now} END, 1, n % 5000 = 25
+        CASE WHEN n % 5000 = 23 THEN {long_ago} WHEN n % 100 = 14 THEN {now} END, 1, n % 5000 = 25, 'kw'
      FROM {tokens}",
     "INSERT INTO token_audience SELECT workspace, audiences, id FROM token WHERE audiences <> '' AND delete_time IS NULL",
     "INSERT INTO token_usage SELECT 'tok_' || {padded}, n, {now} - n, '' FROM {tokens} WHERE n % 2 = 0",
