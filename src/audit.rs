@@ -128,13 +128,14 @@ pub struct Audit {
     keyring: Arc<Keyring>,
     store: Arc<Store>,
     sample: Mutex<Sample>,
+    writing: tokio::sync::Mutex<()>,
 }
 
 impl Audit {
     /// One on this store.
     #[must_use]
     pub fn new(keyring: Arc<Keyring>, store: Arc<Store>) -> Arc<Self> {
-        Arc::new(Self { keyring, store, sample: Mutex::default() })
+        Arc::new(Self { keyring, store, sample: Mutex::default(), writing: tokio::sync::Mutex::default() })
     }
 
     /// Takes note of a refused call, if there is room; says whether there was.
@@ -152,6 +153,7 @@ impl Audit {
     /// # Errors
     /// `Unavailable`, `Overloaded`: what is not written is kept for the next time.
     pub async fn tick(&self) -> Result<()> {
+        let _alone = self.writing.lock().await;
         loop {
             // It stays where it is until it is written, so that what waits is bounded however long that takes.
             let chunk: Vec<Refusal> = self.sample.lock().waiting.iter().take(ROWS_MAX).cloned().collect();

@@ -130,19 +130,13 @@ impl Directory {
     ///
     /// # Errors
     /// `Unavailable`, `Overloaded`.
-    pub async fn make_certificates_principals(self: &Arc<Self>, now: Time) -> Result<()> {
+    pub async fn make_certificates_principals(&self, now: Time) -> Result<()> {
         for Certificate { workspace, principal, .. } in &self.certificates {
-            if self.store.brief(workspace).await?.is_none() || self.store.principal(workspace, principal).await?.is_some() {
-                continue;
+            if self.store.brief(workspace).await?.is_some() && self.store.principal(workspace, principal).await?.is_none() {
+                let mut tx = self.store.begin_change().await?;
+                make_principal(&mut tx, workspace, principal, now).await?;
+                self.fence.conclude(tx, now).await?;
             }
-            let mut tx = self.store.begin_change().await?;
-            let made = Principal::first_used(workspace, principal, now);
-            tx.insert_principal(&made).await?;
-            let nobody = Caller::nobody(None);
-            let by_nobody = AuditEvent { actor: None, ..principals::event("Start", &nobody, &made, "", None, Some(&made), now) };
-            tx.audit([by_nobody]).await?;
-            self.fence.conclude(tx, now).await?;
-            tracing::info!(workspace, principal, "made the principal of a client certificate");
         }
         Ok(())
     }
@@ -174,8 +168,7 @@ impl Directory {
             version: 1,
         };
         let directory = Arc::clone(self);
-        let created = self
-            .fence
+        self.fence
             .run(async move {
                 let mut tx = directory.store.begin_change_by(&caller, now).await?;
                 claim_prefix(&tx, &workspace).await?;
@@ -183,13 +176,14 @@ impl Directory {
                     return Err(Error::Exists("workspace with this id"));
                 }
                 tx.audit([event("CreateWorkspace", &caller, &workspace.id, "", None, Some(&workspace), now)]).await?;
+                // Certificates may have waited for it.
+                for waiting in directory.certificates.iter().filter(|certificate| certificate.workspace == workspace.id) {
+                    make_principal(&mut tx, &workspace.id, &waiting.principal, now).await?;
+                }
                 directory.fence.conclude(tx, now).await?;
                 Ok(workspace)
             })
-            .await?;
-        // A certificate may have waited for it.
-        self.make_certificates_principals(now).await?;
-        Ok(created)
+            .await
     }
 
     /// One workspace.
@@ -374,6 +368,16 @@ fn check(patch: WorkspacePatch, policy: Option<Policy>, mut violations: Violatio
     }
     violations.finish()?;
     Ok(Checked { display_name, prefix, policy: patch.policy, resources: patch.resources })
+}
+
+/// Makes the principal of a certificate, if it is not there.
+async fn make_principal(tx: &mut Tx<'_>, workspace: &str, principal: &str, now: Time) -> Result<()> {
+    let made = Principal::first_used(workspace, principal, now);
+    if tx.insert_principal(&made).await? {
+        let nobody = Caller::nobody(None);
+        tx.audit([AuditEvent { actor: None, ..principals::event("Start", &nobody, &made, "", None, Some(&made), now) }]).await?;
+    }
+    Ok(())
 }
 
 async fn claim_prefix(tx: &Tx<'_>, workspace: &Workspace) -> Result<()> {

@@ -303,6 +303,7 @@ impl Issuer {
         // First what was answered: what it asked for may have been possible then and not be now.
         let replay = match self.claim(&tx, method, caller, request, now).await? {
             Replay::Answered(kept) => {
+                tx.require(caller, now).await?;
                 return answer_again(&kept, caller, false, &tx).await.map(|token| (token, kept.secret));
             }
             Replay::New(replay) => replay,
@@ -318,6 +319,10 @@ impl Issuer {
         tx.audit(principal.into_iter().chain([event(method, Some(caller), &token, "", None, Some(&token), now)])).await?;
         self.keep(&tx, replay, token.id, &issued.secret, None).await?;
         tx.commit(now).await?;
+        if let Some(Principal { workspace, id, .. }) = made {
+            // A certificate that stands for it was refused as long as it was not there.
+            self.fence.bury(&[Subject::Principal { workspace, id }]);
+        }
         Ok((token, issued.secret))
     }
 
@@ -470,14 +475,19 @@ impl Issuer {
         }
         violations.finish()?;
         let id = id.ok_or_else(|| Error::Internal("a violation was lost".into()))?;
-        let mut tx = self.store.begin_change_by(caller, now).await?;
+        let mut tx = self.store.begin_change().await?;
         let replay = match self.claim(&tx, method, caller, request, now).await? {
             Replay::Answered(kept) => {
+                // Whoever repeats this about their own token came with the secret from before.
+                if caller.token_id != Some(kept.id) {
+                    tx.require(caller, now).await?;
+                }
                 let token = answer_again(&kept, caller, own, &tx).await?;
                 return Ok(Regenerated { token, secret: kept.secret, grace_time: kept.grace_time });
             }
             Replay::New(replay) => replay,
         };
+        tx.require(caller, now).await?;
         let (mut token, digests) = self.find(&tx, caller, id, own).await?;
         check_etag(&token, target)?;
         require_live(&token, now)?;

@@ -181,6 +181,7 @@ impl Server {
         }
         let end = async {
             let flushed = self.rooms.usage.flush(&self.rooms.store).await;
+            self.rooms.issuer.finish_reports().await;
             let flushed = flushed.and(self.rooms.audit.tick().await);
             flushed.and(self.rooms.store.close().await)
         };

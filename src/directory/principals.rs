@@ -77,6 +77,10 @@ impl Directory {
         if rises && !caller.is_root() && is_caller(caller, &wished) {
             return Err(Error::Denied("nobody raises their own role: ask another administrator".to_owned()));
         }
+        if before.is_none() {
+            // Who makes it makes its certificate good.
+            self.outranks_certificates(caller, &wished.workspace, &wished.id)?;
+        }
         let after = match &before {
             None => wished,
             Some(before) => {
@@ -220,14 +224,17 @@ impl Directory {
             .await
     }
 
+    fn outranks_certificates(&self, caller: &Caller, workspace: &str, id: &str) -> Result<()> {
+        let is_theirs = |certificate: &&Certificate| certificate.workspace == workspace && certificate.principal == id;
+        self.certificates.iter().filter(is_theirs).try_for_each(|certificate| caller.outranks(&certificate.scopes))
+    }
+
     /// The principal, if the caller may decide about all that its tokens hold.
     async fn find(&self, tx: &Tx<'_>, caller: &Caller, workspace: &str, target: &PrincipalTarget, now: Time) -> Result<Principal> {
         tx.brief(workspace).await?.ok_or(Error::NotFound("workspace"))?;
         let found = tx.principal(workspace, &target.id).await?.ok_or(Error::NotFound("principal"))?;
         caller.outranks(&tx.live_scopes(workspace, &target.id, now).await?)?;
-        let mut certificates = self.certificates.iter();
-        let is_theirs = |certificate: &&Certificate| certificate.workspace == *workspace && certificate.principal == target.id;
-        certificates.by_ref().filter(is_theirs).try_for_each(|certificate| caller.outranks(&certificate.scopes))?;
+        self.outranks_certificates(caller, workspace, &target.id)?;
         check_etag(found.version, &target.etag)?;
         Ok(found)
     }

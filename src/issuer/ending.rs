@@ -3,7 +3,13 @@
 //! Invariant: a report of leaked tokens is answered alike, and after the same time, whatever the texts are (test
 //! `a_report_does_not_tell_a_live_token_from_any_other_text`).
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    net::IpAddr,
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{Issuer, end, end_watch, event, watch_root};
 use crate::{
@@ -20,8 +26,8 @@ const REPORTED_MAX: usize = 100;
 const REPORTED_CHARS_MAX: usize = 256;
 /// A report is answered after this time: longer than a change takes, so that nobody sees whether there was one.
 const REPORT_TIME: Duration = Duration::from_millis(500);
-/// For an hour of an outage.
-const REPORT_ATTEMPTS: u32 = 7_200;
+/// How long it is waited at most before a report is tried again.
+const REPORT_PAUSE_MAX: Duration = Duration::from_secs(30);
 /// Reports that are not done yet, whatever is in them.
 pub(super) const REPORTS_MAX: usize = 256;
 
@@ -145,22 +151,16 @@ impl Issuer {
         let mut digests: Vec<Digest> = texts.iter().filter_map(|text| self.keyring.prove(text.trim().as_bytes())).collect();
         digests.sort_unstable_by_key(|digest| *digest.as_bytes());
         digests.dedup();
-        let issuer = Arc::downgrade(self);
-        tokio::spawn(async move {
-            let _permit = permit;
-            for _ in 0..REPORT_ATTEMPTS {
-                let Some(issuer) = issuer.upgrade() else { return };
-                match issuer.end_leaked(digests.clone(), address, now).await {
-                    Ok(()) => return,
-                    Err(error) => tracing::warn!(%error, "reported tokens could not be ended; it is tried again"),
-                }
-                drop(issuer);
-                tokio::time::sleep(REPORT_TIME).await;
-            }
-            tracing::error!("reported tokens were not ended: the store was away for too long");
-        });
+        tokio::spawn(end_in_the_end(Arc::downgrade(self), digests, address, now, permit));
         tokio::time::sleep(REPORT_TIME).await;
         Ok(())
+    }
+
+    /// Waits for the reports that are not done yet.
+    pub async fn finish_reports(&self) {
+        let all = u32::try_from(REPORTS_MAX).unwrap_or(u32::MAX);
+        // It is never closed.
+        let _all = self.reports.acquire_many(all).await;
     }
 
     async fn end_leaked(self: &Arc<Self>, mut digests: Vec<Digest>, address: Option<IpAddr>, now: Time) -> Result<()> {
@@ -186,6 +186,31 @@ impl Issuer {
         }
         self.fence.conclude(tx, now).await
     }
+}
+
+/// Ends reported tokens, however long the store is away.
+async fn end_in_the_end(issuer: Weak<Issuer>, digests: Vec<Digest>, address: Option<IpAddr>, now: Time, permit: OwnedSemaphorePermit) {
+    let mut pause = REPORT_TIME;
+    while let Some(issuer) = issuer.upgrade() {
+        let ended = issuer.end_leaked(digests.clone(), address, now).await;
+        drop(issuer);
+        match ended {
+            Ok(()) => break,
+            Err(error @ (Error::Unavailable(_) | Error::Overloaded(_))) => {
+                if pause == REPORT_TIME {
+                    tracing::warn!(%error, "reported tokens could not be ended; it is tried until it is done");
+                }
+                tokio::time::sleep(pause).await;
+                pause = (2 * pause).min(REPORT_PAUSE_MAX);
+            }
+            Err(error) => {
+                let below = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+                tracing::error!(%error, below, "reported tokens were not ended");
+                break;
+            }
+        }
+    }
+    drop(permit);
 }
 
 fn check_report(texts: &[String]) -> Result<()> {

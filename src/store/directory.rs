@@ -283,11 +283,11 @@ impl Tx<'_> {
         row.map_or(Ok(0), |row| row.try_get_by_index(0).map_err(translate))
     }
 
-    /// Whether any token with `keyward:root` works from this address for some time yet, as things stand in this transaction.
+    /// Whether any token with `keyward:root` works from this address, or from anywhere, until some time, as things stand in this transaction.
     ///
     /// # Errors
     /// `Unavailable`.
-    pub async fn a_root_token_works(&self, address: Option<IpAddr>, until: Time) -> Result<bool> {
+    pub async fn a_root_token_works(&self, address: Option<IpAddr>, until: Time, from_anywhere: bool) -> Result<bool> {
         let sql = "SELECT t.allowed_cidrs FROM token t JOIN workspace w ON w.id = t.workspace \
                    LEFT JOIN principal p ON p.workspace = t.workspace AND p.id = t.principal \
                    WHERE t.is_root AND t.delete_time IS NULL AND t.state = 1 AND t.expire_time > $1 \
@@ -295,7 +295,10 @@ impl Tx<'_> {
         let statement = Statement::from_sql_and_values(self.store().backend(), sql, [until.micros().into()]);
         for row in self.bounded(self.inner().query_all_raw(statement)).await? {
             let ranges: Vec<IpNet> = split("token.allowed_cidrs", &row.try_get_by_index::<String>(0).map_err(translate)?)?;
-            if ranges.is_empty() || address.is_some_and(|address| ranges.iter().any(|range| range.contains(&address.to_canonical()))) {
+            if from_anywhere
+                || ranges.is_empty()
+                || address.is_some_and(|address| ranges.iter().any(|range| range.contains(&address.to_canonical())))
+            {
                 return Ok(true);
             }
         }
