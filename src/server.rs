@@ -52,6 +52,8 @@ const PRUNE_INTERVAL: Duration = Duration::from_secs(10);
 const WATCH_INTERVAL: Duration = Duration::from_secs(3);
 /// How long a clean stop tries to write counted uses and to close the database.
 const LAST_WRITES_TIMEOUT: Duration = Duration::from_secs(5);
+/// How much of that time is given to reports of leaked tokens that are not done yet.
+const REPORTS_TIMEOUT: Duration = Duration::from_secs(3);
 const METRICS_CONNECTIONS_MAX: usize = 64;
 
 /// A server that answers.
@@ -181,8 +183,10 @@ impl Server {
         }
         let end = async {
             let flushed = self.rooms.usage.flush(&self.rooms.store).await;
-            self.rooms.issuer.finish_reports().await;
             let flushed = flushed.and(self.rooms.audit.tick().await);
+            if timeout(REPORTS_TIMEOUT, self.rooms.issuer.finish_reports()).await.is_err() {
+                tracing::error!("some tokens that were reported as leaked are not ended: report them again");
+            }
             flushed.and(self.rooms.store.close().await)
         };
         match timeout(LAST_WRITES_TIMEOUT, end).await {
