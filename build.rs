@@ -4,8 +4,9 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 7] = [
     "keyward/v1/audit_service.proto",
+    "keyward/v1/notice_service.proto",
     "keyward/v1/principal_service.proto",
     "keyward/v1/self_service.proto",
     "keyward/v1/token_service.proto",
@@ -14,7 +15,7 @@ const FILES: [&str; 6] = [
 ];
 
 /// Messages that carry a token: their derived `Debug` would print it. `api` writes one that does not.
-const SECRET: [&str; 8] = [
+const SECRET: [&str; 9] = [
     "keyward.v1.ValidateTokenRequest",
     "keyward.v1.BatchValidateTokensRequest",
     "keyward.v1.CreateTokenResponse",
@@ -23,6 +24,7 @@ const SECRET: [&str; 8] = [
     "keyward.v1.CreateMyTokenResponse",
     "keyward.v1.IssueTemporaryTokenResponse",
     "keyward.v1.ReportLeakedTokensRequest",
+    "keyward.v1.RotateWebhookSecretResponse",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -12,6 +12,7 @@ pub mod error;
 pub mod fence;
 pub mod grant;
 pub mod issuer;
+pub mod notice;
 pub mod proto;
 pub mod retention;
 pub mod rules;

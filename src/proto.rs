@@ -31,6 +31,7 @@ silent!(
     CreateMyTokenResponse,
     IssueTemporaryTokenResponse,
     ReportLeakedTokensRequest,
+    RotateWebhookSecretResponse,
 );
 
 #[cfg(test)]
@@ -49,7 +50,8 @@ mod tests {
             format!("{:?}", RegenerateSelfResponse { secret: secret.clone(), ..Default::default() }),
             format!("{:?}", CreateMyTokenResponse { secret: secret.clone(), ..Default::default() }),
             format!("{:?}", IssueTemporaryTokenResponse { secret: secret.clone(), ..Default::default() }),
-            format!("{:?}", ReportLeakedTokensRequest { tokens: vec![secret] }),
+            format!("{:?}", ReportLeakedTokensRequest { tokens: vec![secret.clone()] }),
+            format!("{:?}", RotateWebhookSecretResponse { webhook_secret: secret, ..Default::default() }),
         ];
         assert!(printed.iter().all(|text| text.ends_with("{ … }")), "{printed:?}");
     }

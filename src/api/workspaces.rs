@@ -87,6 +87,7 @@ fn shown(workspace: Workspace) -> proto::Workspace {
         suspended: workspace.suspended,
         create_time: convert::timestamp(workspace.create_time),
         update_time: convert::timestamp(workspace.update_time),
+        notices: None,
     }
 }
 
