@@ -37,6 +37,12 @@ impl Time {
         self.0
     }
 
+    /// Whole seconds since 1970.
+    #[must_use]
+    pub const fn seconds(self) -> i64 {
+        self.0.div_euclid(1_000_000)
+    }
+
     /// Milliseconds since 1970, none before it.
     #[must_use]
     pub fn millis(self) -> u64 {
@@ -64,7 +70,7 @@ impl fmt::Display for Time {
     /// RFC 3339, in UTC.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let nanos = i32::try_from(self.0.rem_euclid(1_000_000) * 1000).unwrap_or(0);
-        prost_types::Timestamp { seconds: self.0.div_euclid(1_000_000), nanos }.fmt(f)
+        prost_types::Timestamp { seconds: self.seconds(), nanos }.fmt(f)
     }
 }
 

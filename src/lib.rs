@@ -13,6 +13,7 @@ pub mod fence;
 pub mod grant;
 pub mod issuer;
 pub mod notice;
+pub mod notices;
 pub mod proto;
 pub mod retention;
 pub mod rules;

@@ -1,8 +1,12 @@
 //! The rules that fields follow. A broken one is said as what the field must be, in words that mend it.
 
+mod notices;
+
 use std::{collections::BTreeMap, time::Duration};
 
 use ipnet::IpNet;
+
+pub use notices::{days_before, emails, renew_url, webhook_url};
 
 use crate::{ambient::Time, error::Violations, grant::Kind, scope::Scope, token::TokenId, workspace::Policy};
 

@@ -8,6 +8,7 @@
 //! Invariant: reading a token does not allocate; its text is never printed (test `secrets_print_as_an_ellipsis`).
 
 mod keyring;
+mod webhook;
 
 use std::{
     fmt::{self, Write as _},
@@ -18,6 +19,7 @@ use std::{
 use zeroize::Zeroizing;
 
 pub use keyring::{Fingerprint, KeyState, Keyring, Kid};
+pub use webhook::WebhookSecret;
 
 use crate::{
     ambient::{self, Time},

@@ -7,7 +7,7 @@ use std::{
 };
 
 /// Crates that one room owns: nobody else names them. `tests/` and `benches/` are not rooms.
-const OWNERS: [(&str, &[&str]); 18] = [
+const OWNERS: [(&str, &[&str]); 22] = [
     ("base64::", &["token"]),
     ("blake3::", &["token"]),
     ("clap::", &["cli"]),
@@ -16,16 +16,20 @@ const OWNERS: [(&str, &[&str]); 18] = [
     ("governor::", &["api"]),
     ("hyper::", &["server"]),
     ("jiff::", &["cli"]),
+    ("lettre::", &["notices"]),
+    ("percent_encoding::", &["notices"]),
     ("prometheus_client::", &["telemetry"]),
     ("prost_reflect::", &["cli"]),
     ("quick_cache::", &["cache"]),
     ("rand::", &["ambient"]),
+    ("reqwest::", &["notices"]),
     ("ring::", &["token"]),
     ("rustls::", &["server"]),
     ("sea_orm", &["store"]),
     ("tonic_reflection::", &["api"]),
     ("toml::", &["config", "cli"]),
     ("tracing_subscriber::", &["telemetry"]),
+    ("url::", &["notices", "rules"]),
 ];
 
 const LINES_MAX: usize = 900;
