@@ -4,3 +4,4 @@ pub mod letter;
 pub mod mail;
 pub mod reach;
 pub mod webhook;
+mod words;
