@@ -1,1 +1,519 @@
-//! x
+//! How a mail goes to the mail server, and what the answer means.
+//!
+//! Invariant: a password goes only through TLS, or to this very machine (tests `urls_of_mail_servers_are_read`, `a_password_needs_tls`).
+//! Invariant: the URL of the mail server is never printed (test `the_url_of_the_mail_server_is_never_printed`).
+//! Invariant: nothing that somebody else wrote makes a header (test `headers_cannot_be_injected`).
+
+use std::{
+    fmt,
+    str::FromStr,
+    time::{Duration, UNIX_EPOCH},
+};
+
+use lettre::{
+    Address, Message,
+    message::{
+        Mailbox, MultiPart,
+        header::{HeaderName, HeaderValue},
+    },
+    transport::smtp::{
+        Error,
+        authentication::{Credentials, Mechanism},
+        client::{AsyncSmtpConnection, Certificate, TlsParameters},
+        extension::{ClientId, Extension},
+        response::Code,
+    },
+};
+use parking_lot::Mutex;
+use percent_encoding::percent_decode_str;
+use url::{Host, Url};
+use zeroize::Zeroizing;
+
+use super::{letter::Letter, words};
+use crate::{ambient::Stopwatch, notice::Outcome};
+
+const STEP_TIMEOUT: Duration = Duration::from_secs(10);
+const WHOLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// A connection is used again within this time; servers hang up after minutes.
+const IDLE_MAX: Duration = Duration::from_secs(30);
+const IDLE_CONNECTIONS_MAX: usize = 2;
+
+/// How the connection is protected.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Protection {
+    /// TLS from the first byte.
+    Tls,
+    /// TLS after a first greeting, or no mail.
+    StartTls,
+    /// None.
+    Off,
+}
+
+/// Which mail server, and how it is reached. Prints as its scheme.
+#[derive(Clone)]
+pub struct SmtpUrl {
+    host: Host,
+    port: u16,
+    protection: Protection,
+    user: String,
+    password: Zeroizing<String>,
+}
+
+impl fmt::Debug for SmtpUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.protection == Protection::Tls { "smtps://…" } else { "smtp://…" })
+    }
+}
+
+impl FromStr for SmtpUrl {
+    type Err = String;
+
+    /// The errors never quote the text, which may hold a password.
+    fn from_str(text: &str) -> Result<Self, String> {
+        const RULE: &str = "must be smtps://user:password@host:465 (TLS), smtp://user:password@host:587 (STARTTLS) or \
+                            smtp://host:25?tls=off (no TLS); write what is special in the user and the password as %40 and the like";
+        let url = Url::parse(text.trim()).map_err(|_| RULE)?;
+        let (protection, port) = match (url.scheme(), url.query()) {
+            ("smtps", None) => (Protection::Tls, 465),
+            ("smtp", None) => (Protection::StartTls, 587),
+            ("smtp", Some("tls=off")) => (Protection::Off, 25),
+            _ => return Err(RULE.to_owned()),
+        };
+        let decoded = |part: &str| percent_decode_str(part).decode_utf8().map(|part| part.into_owned()).map_err(|_| RULE);
+        // To the library, the host of such a scheme is a text.
+        let host = Host::parse(&decoded(url.host_str().filter(|host| !host.is_empty()).ok_or(RULE)?)?).map_err(|_| RULE)?;
+        let (user, password) = (decoded(url.username())?, Zeroizing::new(decoded(url.password().unwrap_or_default())?));
+        let is_whole = matches!(url.path(), "" | "/") && url.fragment().is_none() && user.is_empty() == password.is_empty();
+        if !is_whole || user.chars().chain(password.chars()).any(char::is_control) {
+            return Err(RULE.to_owned());
+        }
+        if protection == Protection::Off && !user.is_empty() && !is_loopback(&host) {
+            return Err("sends a password without TLS: leave out tls=off, or the user and the password".to_owned());
+        }
+        Ok(Self { host, port: url.port().unwrap_or(port), protection, user, password })
+    }
+}
+
+fn is_loopback(host: &Host) -> bool {
+    match host {
+        Host::Ipv4(address) => address.is_loopback(),
+        Host::Ipv6(address) => address.is_loopback(),
+        Host::Domain(name) => name.trim_end_matches('.').eq_ignore_ascii_case("localhost"),
+    }
+}
+
+/// Whether mails can be sent from there: `keyward@example.com`, or `Keyward <keyward@example.com>`.
+///
+/// # Errors
+/// A sentence that says what it must be.
+pub fn check_from(text: &str) -> Result<(), String> {
+    sender(text).map(|_| ())
+}
+
+fn sender(text: &str) -> Result<Mailbox, String> {
+    const RULE: &str = "must be a mail address such as keyward@example.com, or one with a name, such as Keyward <keyward@example.com>";
+    let mailbox: Mailbox = text.trim().parse().map_err(|_| RULE)?;
+    let address = ascii_domain(&mailbox.email).ok_or(RULE)?;
+    let is_plain = address.user().is_ascii() && !text.trim().chars().any(char::is_control);
+    if is_plain { Ok(Mailbox::new(mailbox.name, address)) } else { Err(RULE.to_owned()) }
+}
+
+/// The address with its domain as DNS has it, which needs nothing special of mail servers.
+fn ascii_domain(address: &Address) -> Option<Address> {
+    let domain = match Host::parse(address.domain()) {
+        Ok(Host::Domain(domain)) => domain,
+        _ if address.domain().is_ascii() => address.domain().to_owned(),
+        _ => return None,
+    };
+    Address::new(address.user(), domain).ok()
+}
+
+/// Sends mails, over connections that it keeps for a moment.
+pub struct Mailer {
+    url: SmtpUrl,
+    from: Mailbox,
+    tls: Option<TlsParameters>,
+    idle: Mutex<Vec<(AsyncSmtpConnection, Stopwatch)>>,
+    step: Duration,
+    whole: Duration,
+}
+
+impl fmt::Debug for Mailer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Mailer({:?})", self.url)
+    }
+}
+
+impl Mailer {
+    /// For this server and this sender; certificates are trusted by the system's roots and those of `ca`, in PEM.
+    ///
+    /// # Errors
+    /// A sentence, if the sender is no address or `ca` holds no certificates.
+    pub fn new(url: &SmtpUrl, from: &str, ca: Option<&[u8]>) -> Result<Self, String> {
+        Self::with_timeouts(url, from, ca, STEP_TIMEOUT, WHOLE_TIMEOUT)
+    }
+
+    fn with_timeouts(url: &SmtpUrl, from: &str, ca: Option<&[u8]>, step: Duration, whole: Duration) -> Result<Self, String> {
+        let tls = if url.protection == Protection::Off { None } else { Some(tls(&url.host, ca)?) };
+        Ok(Self { url: url.clone(), from: sender(from)?, tls, idle: Mutex::default(), step, whole })
+    }
+
+    /// Sends one and says what became of it.
+    pub async fn send(&self, letter: &Letter) -> Outcome {
+        let (to, message) = match self.message(letter) {
+            Ok(built) => built,
+            Err(error) => return Outcome::Refused { error: words::error(error), is_final: true },
+        };
+        // A connection whose attempt is given up is dropped with it: nobody else reads an answer that comes too late.
+        let late = || unreachable("no answer in time");
+        tokio::time::timeout(self.whole, self.attempt(&to, &message)).await.unwrap_or_else(|_| late())
+    }
+
+    async fn attempt(&self, to: &Address, message: &Message) -> Outcome {
+        let mut connection = match self.connection().await {
+            Ok(connection) => connection,
+            Err(error) => return error,
+        };
+        if !to.user().is_ascii() && !connection.server_info().supports_feature(Extension::SmtpUtfEight) {
+            self.keep(connection);
+            let error = "the mail server does not take addresses with letters beyond ASCII (SMTPUTF8)".to_owned();
+            return Outcome::Refused { error, is_final: true };
+        }
+        match connection.send(message.envelope(), &message.formatted()).await {
+            Ok(_) => {
+                self.keep(connection);
+                Outcome::Delivered
+            }
+            Err(error) => failed(&error),
+        }
+    }
+
+    /// A connection that is ready for a mail: one that is left, or a new one.
+    async fn connection(&self) -> Result<AsyncSmtpConnection, Outcome> {
+        while let Some((mut left, since)) = self.take() {
+            let answers = since.elapsed() < IDLE_MAX && tokio::time::timeout(self.step, left.test_connected()).await == Ok(true);
+            if answers {
+                return Ok(left);
+            }
+        }
+        match tokio::time::timeout(self.step, self.open()).await {
+            Ok(opened) => opened,
+            Err(_) => Err(unreachable("no connection in time")),
+        }
+    }
+
+    fn take(&self) -> Option<(AsyncSmtpConnection, Stopwatch)> {
+        self.idle.lock().pop()
+    }
+
+    fn keep(&self, connection: AsyncSmtpConnection) {
+        let mut idle = self.idle.lock();
+        idle.retain(|(_, since)| since.elapsed() < IDLE_MAX);
+        if idle.len() < IDLE_CONNECTIONS_MAX && !connection.has_broken() {
+            idle.push((connection, Stopwatch::start()));
+        }
+    }
+
+    /// Whatever goes wrong here would go wrong with any mail.
+    async fn open(&self) -> Result<AsyncSmtpConnection, Outcome> {
+        let failed = |error: Error| unreachable(&said(&error));
+        // A machine often has no name that others know: the sender's domain is one.
+        let hello = ClientId::Domain(self.from.email.domain().to_owned());
+        let server = (host_text(&self.url.host), self.url.port);
+        let implicit = self.tls.clone().filter(|_| self.url.protection == Protection::Tls);
+        let opened = AsyncSmtpConnection::connect_tokio1(server, Some(self.step), &hello, implicit, None).await;
+        let mut connection = opened.map_err(failed)?;
+        if let Some(tls) = self.tls.clone().filter(|_| self.url.protection == Protection::StartTls) {
+            if !connection.can_starttls() {
+                return Err(unreachable("it does not offer STARTTLS (set smtps:// or tls=off in smtp_url if that is right)"));
+            }
+            connection.starttls(tls, &hello).await.map_err(failed)?;
+        }
+        if !self.url.user.is_empty() {
+            let credentials = Credentials::new(self.url.user.clone(), self.url.password.to_string());
+            let signed_in = connection.auth(&[Mechanism::Plain, Mechanism::Login], &credentials).await;
+            // What a server says of a sign-in may repeat what it was given.
+            signed_in.map_err(|error| unreachable(&format!("it does not take the user and the password{}", code(&error))))?;
+        }
+        Ok(connection)
+    }
+
+    /// The mail as it goes out, and the only address that it goes to.
+    fn message(&self, letter: &Letter) -> Result<(Address, Message), &'static str> {
+        const NO_ADDRESS: &str = "this is no address that mail can be sent to";
+        let to = letter.to.parse::<Address>().ok().and_then(|to| ascii_domain(&to)).ok_or(NO_ADDRESS)?;
+        let name =
+            Some(words::line(&letter.sender_name, usize::MAX - 1)).filter(|name| !name.is_empty()).or_else(|| self.from.name.clone());
+        let id: String = letter.id.chars().filter(|letter| letter.is_ascii_alphanumeric() || "_.-".contains(*letter)).collect();
+        let time = UNIX_EPOCH + Duration::from_millis(letter.time.millis());
+        let message = Message::builder()
+            .from(Mailbox::new(name, self.from.email.clone()))
+            .to(Mailbox::new(None, to.clone()))
+            .subject(words::line(&letter.subject, usize::MAX - 1))
+            .date(time)
+            .message_id(Some(format!("<{id}@{}>", self.from.email.domain())))
+            // RFC 3834: no automatic answers.
+            .raw_header(fixed("Auto-Submitted", "auto-generated"))
+            .raw_header(fixed("X-Auto-Response-Suppress", "All"))
+            .multipart(MultiPart::alternative_plain_html(letter.text.clone(), letter.html.clone()));
+        message.map(|message| (to, message)).map_err(|_| "this mail cannot be written")
+    }
+}
+
+fn fixed(name: &'static str, value: &str) -> HeaderValue {
+    HeaderValue::new(HeaderName::new_from_ascii_str(name), value.to_owned())
+}
+
+fn tls(host: &Host, ca: Option<&[u8]>) -> Result<TlsParameters, String> {
+    const NO_ROOTS: &str = "holds no certificates in PEM that can be read";
+    let mut builder = TlsParameters::builder(host_text(host));
+    if let Some(pem) = ca {
+        // The library takes a file without certificates for one with none to add.
+        if !String::from_utf8_lossy(pem).contains("-----BEGIN CERTIFICATE-----") {
+            return Err(NO_ROOTS.to_owned());
+        }
+        builder = builder.add_root_certificate(Certificate::from_pem(pem).map_err(|_| NO_ROOTS)?);
+    }
+    builder.build_rustls().map_err(|error| if ca.is_some() { NO_ROOTS.to_owned() } else { said(&error) })
+}
+
+/// The host as sockets and certificates have it: IPv6 without brackets.
+fn host_text(host: &Host) -> String {
+    match host {
+        Host::Ipv6(address) => address.to_string(),
+        other => other.to_string(),
+    }
+}
+
+fn unreachable(error: &str) -> Outcome {
+    Outcome::Unreachable { error: words::error(&format!("the mail server cannot be used: {error}")) }
+}
+
+/// What an error of the library says, without the library's own words around it.
+fn said(error: &Error) -> String {
+    format!("{}{}", words::cause(error), code(error))
+}
+
+fn code(error: &Error) -> String {
+    error.status().map(|code| format!(" ({code})")).unwrap_or_default()
+}
+
+fn failed(error: &Error) -> Outcome {
+    match error.status() {
+        Some(status) => answered(status, &words::cause(error)),
+        None => unreachable(&said(error)),
+    }
+}
+
+/// What a server's answer to a mail means.
+fn answered(code: Code, text: &str) -> Outcome {
+    let number = code.to_string();
+    let error = words::error(&format!("the mail server answered {number}: {text}"));
+    match number.as_str() {
+        "421" | "454" | "530" | "534" | "535" | "538" => Outcome::Unreachable { error },
+        "501" | "550" | "551" | "553" => Outcome::Refused { error, is_final: true },
+        _ => Outcome::Refused { error, is_final: false },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lettre::transport::smtp::response::{Category, Detail, Severity};
+
+    use super::*;
+    use crate::ambient::Time;
+
+    fn url(text: &str) -> SmtpUrl {
+        text.parse().unwrap_or_else(|error| panic!("{text}: {error}"))
+    }
+
+    fn mailer(text: &str) -> Mailer {
+        Mailer::with_timeouts(&url(text), "Keyward <keyward@example.com>", None, Duration::from_secs(1), Duration::from_secs(2))
+            .expect("a mailer")
+    }
+
+    fn letter(to: &str) -> Letter {
+        Letter {
+            id: "msg_1".to_owned(),
+            to: to.to_owned(),
+            sender_name: "Acme".to_owned(),
+            subject: "Acme: the token \"déploy\" has expired".to_owned(),
+            text: "Plain\n".to_owned(),
+            html: "<p>HTML</p>\n".to_owned(),
+            time: Time::from_micros(1_800_000_000_000_000),
+        }
+    }
+
+    fn written(letter: &Letter) -> String {
+        let (_, message) = mailer("smtp://localhost:25?tls=off").message(letter).expect("a mail");
+        String::from_utf8(message.formatted()).expect("ASCII")
+    }
+
+    #[test]
+    fn urls_of_mail_servers_are_read() {
+        let read = |text: &str| {
+            let url = url(text);
+            (url.host.to_string(), url.port, url.protection, url.user.clone(), url.password.to_string())
+        };
+        let of = |host: &str, port, protection, user: &str, password: &str| {
+            (host.to_owned(), port, protection, user.to_owned(), password.to_owned())
+        };
+        assert_eq!(read("smtps://mail.example.com"), of("mail.example.com", 465, Protection::Tls, "", ""));
+        assert_eq!(read("smtps://u:p@mail.example.com:4650/"), of("mail.example.com", 4650, Protection::Tls, "u", "p"));
+        assert_eq!(read("smtp://a%40b:p%3A%2F%25@mail.example.com"), of("mail.example.com", 587, Protection::StartTls, "a@b", "p:/%"));
+        assert_eq!(read("smtp://10.0.0.1:25?tls=off"), of("10.0.0.1", 25, Protection::Off, "", ""));
+        assert_eq!(read("smtp://[::1]?tls=off"), of("[::1]", 25, Protection::Off, "", ""));
+        assert_eq!(host_text(&url("smtp://[::1]?tls=off").host), "::1");
+        for bad in [
+            "",
+            "mail.example.com",
+            "http://mail.example.com",
+            "smtp://",
+            "smtps://:465",
+            "smtps://host?tls=off",
+            "smtp://host?tls=on",
+            "smtp://host?x",
+            "smtp://host/path",
+            "smtp://host#x",
+            "smtp://user@host",
+            "smtp://:password@host",
+            "smtp://host:99999",
+            "smtp://u:%00@host",
+            "smtp://u:%ff@host",
+            "smtp://u:a%0d%0ab@host",
+            "smtp://ho st",
+        ] {
+            assert!(bad.parse::<SmtpUrl>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_password_needs_tls() {
+        for good in ["smtp://u:p@localhost?tls=off", "smtp://u:p@127.0.0.1?tls=off", "smtp://u:p@[::1]:2525?tls=off"] {
+            assert!(good.parse::<SmtpUrl>().is_ok(), "{good}");
+        }
+        for bad in ["smtp://u:p@mail.example.com?tls=off", "smtp://u:p@10.0.0.1?tls=off", "smtp://u:p@localhost.example.com?tls=off"] {
+            assert!(bad.parse::<SmtpUrl>().expect_err(bad).contains("without TLS"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_url_of_the_mail_server_is_never_printed() {
+        assert_eq!(format!("{:?}", url("smtps://user:hunter2@mail.example.com")), "smtps://…");
+        assert_eq!(format!("{:?}", mailer("smtp://user:hunter2@mail.example.com")), "Mailer(smtp://…)");
+        for bad in ["smtp://user:hunter2@host?tls=off", "smtp://user:hunter2@ho st", "hunter2", "smtp://u:hunter2@host/hunter2"] {
+            assert!(!bad.parse::<SmtpUrl>().expect_err(bad).contains("hunter2"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn senders_are_addresses() {
+        for good in
+            ["keyward@example.com", "Keyward <keyward@example.com>", "\"Tokens, Inc.\" <k@example.com>", "Schlüssel <k@bücher.example>"]
+        {
+            assert_eq!(check_from(good), Ok(()), "{good}");
+        }
+        for bad in ["", "keyward", "a@b@c", "<>", "k@example.com, l@example.com", "Key\nward <k@example.com>", "schlüssel@example.com"] {
+            assert!(check_from(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_mail_has_its_headers() {
+        let text = written(&letter("ada@bücher.example"));
+        let again = written(&letter("ada@bücher.example"));
+        for header in [
+            "From: Acme <keyward@example.com>",
+            "To: ada@xn--bcher-kva.example",
+            "Date: Fri, 15 Jan 2027 08:00:00 +0000",
+            "Message-ID: <msg_1@example.com>",
+            "Auto-Submitted: auto-generated",
+            "X-Auto-Response-Suppress: All",
+            "MIME-Version: 1.0",
+        ] {
+            assert!(text.lines().any(|line| line == header), "{header} is not in {text}");
+            assert!(again.lines().any(|line| line == header), "{header} is not in {again}");
+        }
+        assert!(text.contains("multipart/alternative") && text.contains("text/plain") && text.contains("text/html"), "{text}");
+        assert!(!text.to_lowercase().contains("bcc") && text.is_ascii(), "{text}");
+    }
+
+    #[test]
+    fn headers_cannot_be_injected() {
+        let evil = "a\r\nBcc: eve@example.com\r\n\r\nx";
+        let text =
+            written(&Letter { id: evil.to_owned(), sender_name: evil.to_owned(), subject: evil.to_owned(), ..letter("ada@example.com") });
+        assert!(!text.lines().any(|line| line.starts_with("Bcc")), "{text}");
+        assert_eq!(text.lines().filter(|line| line.starts_with("Subject: ")).count(), 1);
+        assert!(text.contains("Message-ID: <aBcceveexample.comx@example.com>"), "{text}");
+        for to in ["ada@example.com\r\nBcc: eve@example.com", "ada@example.com, eve@example.com", "ada", ""] {
+            assert!(mailer("smtp://localhost?tls=off").message(&letter(to)).is_err(), "{to}");
+        }
+        let (to, message) = mailer("smtp://localhost?tls=off").message(&letter("ada@example.com")).expect("a mail");
+        assert_eq!(message.envelope().to(), [to]);
+    }
+
+    #[test]
+    fn answers_say_whether_to_try_again() {
+        let of = |number: u16| {
+            let severity = if number < 500 { Severity::TransientNegativeCompletion } else { Severity::PermanentNegativeCompletion };
+            let category = [
+                Category::Syntax,
+                Category::Information,
+                Category::Connections,
+                Category::Unspecified3,
+                Category::Unspecified4,
+                Category::MailSystem,
+            ];
+            let detail = [
+                Detail::Zero,
+                Detail::One,
+                Detail::Two,
+                Detail::Three,
+                Detail::Four,
+                Detail::Five,
+                Detail::Six,
+                Detail::Seven,
+                Detail::Eight,
+            ];
+            let code = Code::new(severity, category[usize::from(number / 10 % 10)], detail[usize::from(number % 10)]);
+            answered(code, "5.1.1 no\r\nsuch\u{7} user")
+        };
+        for number in [501, 550, 551, 553] {
+            assert!(matches!(of(number), Outcome::Refused { is_final: true, .. }), "{number}");
+        }
+        for number in [450, 451, 452, 500, 552, 554] {
+            assert!(matches!(of(number), Outcome::Refused { is_final: false, .. }), "{number}");
+        }
+        for number in [421, 454, 530, 534, 535, 538] {
+            assert!(matches!(of(number), Outcome::Unreachable { .. }), "{number}");
+        }
+        let Outcome::Refused { error, .. } = of(550) else { panic!("refused") };
+        assert_eq!(error, "the mail server answered 550: 5.1.1 no  such  user");
+    }
+
+    #[tokio::test]
+    async fn nobody_there_is_unreachable() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        let mailer = mailer(&format!("smtp://u:hunter2@{address}?tls=off"));
+        let hanging = mailer.send(&letter("ada@example.com")).await;
+        assert!(matches!(&hanging, Outcome::Unreachable { error } if error.contains("in time")), "{hanging:?}");
+        drop(listener);
+        let gone = mailer.send(&letter("ada@example.com")).await;
+        assert!(matches!(&gone, Outcome::Unreachable { error } if error.contains("refused")), "{gone:?}");
+    }
+
+    /// By hand: `KEYWARD_SMTP_URL`, `KEYWARD_SMTP_CA`.
+    #[tokio::test]
+    #[ignore = "needs a mail server"]
+    async fn a_real_server_takes_mails() {
+        let ca = option_env!("KEYWARD_SMTP_CA").map(|path| std::fs::read(path).expect("a file"));
+        let url = url(std::env::args().next_back().expect("a URL").as_str());
+        let mailer = Mailer::new(&url, "Keyward <keyward@example.com>", ca.as_deref()).expect("a mailer");
+        println!("{:?}", mailer.send(&letter("ada@example.com")).await);
+        println!("{:?}", mailer.send(&letter("jörg@example.com")).await);
+        println!("{:?}", mailer.send(&letter("reject@example.com")).await);
+        println!("{:?}", mailer.send(&letter("ada@example.com")).await);
+    }
+}
