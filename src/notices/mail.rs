@@ -503,17 +503,4 @@ mod tests {
         let gone = mailer.send(&letter("ada@example.com")).await;
         assert!(matches!(&gone, Outcome::Unreachable { error } if error.contains("refused")), "{gone:?}");
     }
-
-    /// By hand: `KEYWARD_SMTP_URL`, `KEYWARD_SMTP_CA`.
-    #[tokio::test]
-    #[ignore = "needs a mail server"]
-    async fn a_real_server_takes_mails() {
-        let ca = option_env!("KEYWARD_SMTP_CA").map(|path| std::fs::read(path).expect("a file"));
-        let url = url(std::env::args().next_back().expect("a URL").as_str());
-        let mailer = Mailer::new(&url, "Keyward <keyward@example.com>", ca.as_deref()).expect("a mailer");
-        println!("{:?}", mailer.send(&letter("ada@example.com")).await);
-        println!("{:?}", mailer.send(&letter("jörg@example.com")).await);
-        println!("{:?}", mailer.send(&letter("reject@example.com")).await);
-        println!("{:?}", mailer.send(&letter("ada@example.com")).await);
-    }
 }
