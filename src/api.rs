@@ -7,6 +7,7 @@
 mod audit_events;
 mod convert;
 pub mod gate;
+mod notices;
 mod principals;
 mod rates;
 mod self_service;
@@ -27,9 +28,10 @@ use crate::{
     directory::Directory,
     error::Error,
     issuer::Issuer,
+    notices::Notices,
     proto::{
-        DESCRIPTORS, audit_service_server::AuditServiceServer, principal_service_server::PrincipalServiceServer,
-        self_service_server::SelfServiceServer, token_service_server::TokenServiceServer,
+        DESCRIPTORS, audit_service_server::AuditServiceServer, notice_service_server::NoticeServiceServer,
+        principal_service_server::PrincipalServiceServer, self_service_server::SelfServiceServer, token_service_server::TokenServiceServer,
         validation_service_server::ValidationServiceServer, workspace_service_server::WorkspaceServiceServer,
     },
     telemetry::Metrics,
@@ -37,8 +39,9 @@ use crate::{
 };
 
 /// The services whose health is told one by one.
-pub const SERVICES: [&str; 6] = [
+pub const SERVICES: [&str; 7] = [
     "keyward.v1.AuditService",
+    "keyward.v1.NoticeService",
     "keyward.v1.PrincipalService",
     "keyward.v1.SelfService",
     "keyward.v1.TokenService",
@@ -57,6 +60,8 @@ pub struct Api {
     pub directory: Arc<Directory>,
     /// Who did what.
     pub audit: Arc<Audit>,
+    /// What is told of tokens.
+    pub notices: Arc<Notices>,
     /// Where verdicts are counted.
     pub metrics: Arc<Metrics>,
 }
@@ -95,6 +100,7 @@ impl Api {
             .add_service(WorkspaceServiceServer::new(self.clone()))
             .add_service(PrincipalServiceServer::new(self.clone()))
             .add_service(AuditServiceServer::new(self.clone()))
+            .add_service(NoticeServiceServer::new(self.clone()))
             .add_service(SelfServiceServer::new(self))
             .add_service(HealthServer::new(health).max_decoding_message_size(gate::PUBLIC_BYTES_MAX))
             .add_service(reflection().build_v1()?.max_decoding_message_size(gate::PUBLIC_BYTES_MAX))

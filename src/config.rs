@@ -13,7 +13,14 @@ use std::{
     time::Duration,
 };
 
-use crate::{scope::Scope, store::DatabaseUrl};
+use ipnet::IpNet;
+
+use crate::{
+    notices::{self, SmtpUrl},
+    rules,
+    scope::Scope,
+    store::DatabaseUrl,
+};
 
 /// Before every variable.
 const ENV_PREFIX: &str = "KEYWARD_";
@@ -44,7 +51,7 @@ const fn setting(name: &'static str, value: &'static str, default: &'static str,
 }
 
 /// All of them.
-pub const SETTINGS: [Setting; 18] = [
+pub const SETTINGS: [Setting; 23] = [
     setting("listen", "ADDRESS:PORT", "127.0.0.1:50051", "Where gRPC is served"),
     setting("metrics_listen", "ADDRESS:PORT|off", "127.0.0.1:9464", "Where Prometheus reads metrics, at /metrics"),
     setting("data_dir", "FOLDER", "keyward-data", "Where the embedded database and the keyring are kept"),
@@ -67,6 +74,19 @@ pub const SETTINGS: [Setting; 18] = [
     setting("insecure", "", "false", "Serve a network address without TLS: tokens then cross the network readable"),
     setting("token_retention", "DAYSd", "30d", "How long ended tokens stay listed, and deleted ones are kept (30d to 3650d)"),
     setting("audit_retention", "DAYSd", "365d", "How long audit events are kept (30d to 36500d)"),
+    Setting {
+        secret: true,
+        ..setting(
+            "smtp_url",
+            "URL",
+            "",
+            "The mail server: smtps://USER:PASSWORD@HOST (TLS), smtp://… (STARTTLS), smtp://HOST:25?tls=off; without it no mail is sent",
+        )
+    },
+    setting("smtp_from", "ADDRESS", "", "Whom mails come from: keyward@example.com"),
+    setting("notices_interval", "SPAN", "1m", "How often tokens near their end are looked for (1s to 1h)"),
+    setting("notices_ca_file", "FILE", "", "Certificates (PEM) that the mail server and webhooks are trusted by, beside the system's"),
+    setting("webhook_allowed_cidrs", "RANGE …", "", "Private addresses that webhooks may reach, also without TLS: 10.1.0.0/16 127.0.0.1"),
     setting("cache_tokens", "COUNT", "1000000", "How many tokens are kept in memory (1000 to 100000000)"),
     setting("workers", "COUNT", "one per core", "Threads that serve requests (1 to 1024)"),
     setting("log", "off|error|warn|info|debug|trace", "info", "How much is logged"),
@@ -134,6 +154,10 @@ pub struct Config {
     pub insecure: bool,
     pub token_retention: Duration,
     pub audit_retention: Duration,
+    pub smtp: Option<(SmtpUrl, String)>,
+    pub notices_interval: Duration,
+    pub notices_ca_file: Option<PathBuf>,
+    pub webhook_allowed_cidrs: Vec<IpNet>,
     pub cache_tokens: usize,
     pub workers: usize,
     pub log: String,
@@ -280,6 +304,10 @@ impl Reader {
             insecure: self.take("insecure", false, truth),
             token_retention: self.take("token_retention", days(30), |text| retention(text, 3_650)),
             audit_retention: self.take("audit_retention", days(365), |text| retention(text, 36_500)),
+            smtp: self.smtp(),
+            notices_interval: self.take("notices_interval", Duration::from_mins(1), interval),
+            notices_ca_file: self.path("notices_ca_file"),
+            webhook_allowed_cidrs: self.take("webhook_allowed_cidrs", Vec::new(), cidrs),
             cache_tokens: self.take("cache_tokens", 1_000_000, |text| number(text, 1_000, 100_000_000)),
             workers: self.take("workers", cores, |text| number(text, 1, 1_024)),
             log: self.take("log", "info".to_owned(), |text| {
@@ -298,6 +326,15 @@ impl Reader {
             ));
         }
         if self.mistakes.is_empty() { Ok(config) } else { Err(self.mistakes) }
+    }
+
+    fn smtp(&mut self) -> Option<(SmtpUrl, String)> {
+        let url = self.take("smtp_url", None, |text| text.parse().map(Some));
+        let from = self.take("smtp_from", None, |text| notices::check_from(text).map(|()| Some(text.to_owned())));
+        if self.text("smtp_url").is_some() != self.text("smtp_from").is_some() {
+            self.mistakes.push("smtp_url and smtp_from go together: set both or neither".to_owned());
+        }
+        url.zip(from)
     }
 
     fn tls(&mut self) -> Option<Tls> {
@@ -336,6 +373,20 @@ fn days(count: u64) -> Duration {
 fn retention(text: &str, max: u64) -> Result<Duration, String> {
     let count = text.strip_suffix('d').and_then(|count| count.parse().ok()).filter(|count| (30..=max).contains(count));
     count.map(days).ok_or_else(|| format!("must be a number of days from 30d to {max}d"))
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let seconds = [("s", 1), ("m", 60), ("h", 3_600)].into_iter().find_map(|(unit, seconds)| {
+        let count: u64 = text.strip_suffix(unit)?.parse().ok()?;
+        count.checked_mul(seconds)
+    });
+    let seconds = seconds.filter(|seconds| (1..=3_600).contains(seconds));
+    seconds.map(Duration::from_secs).ok_or_else(|| "must be a span from 1s to 1h, such as 30s or 5m".to_owned())
+}
+
+fn cidrs(text: &str) -> Result<Vec<IpNet>, String> {
+    let ranges = text.split([' ', ';', ',']).filter(|range| !range.is_empty());
+    ranges.map(|range| rules::cidr(range).map_err(|rule| format!("has `{range}`, which {rule}"))).collect()
 }
 
 fn one_of<'a>(text: &'a str, values: &[&str]) -> Result<&'a str, String> {

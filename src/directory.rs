@@ -17,6 +17,7 @@ use crate::{
     error::{Error, Result, Violations},
     fence::{Fence, RootWatch},
     grant::Subject,
+    notice::{Event, Wishes},
     rules,
     scope::{Resource, Routes, Scope},
     store::{AuditEvent, Store, Tx},
@@ -62,6 +63,28 @@ impl PolicyPatch {
     }
 }
 
+/// What to change of what a workspace is told; nothing: leave it.
+#[derive(Clone, Debug, Default)]
+#[expect(missing_docs, reason = "the fields of `Wishes`, as they were asked for")]
+pub struct WishesPatch {
+    pub days_before: Option<Vec<i32>>,
+    pub raise_faults: Option<bool>,
+    pub emails: Option<String>,
+    pub mail_owner: Option<bool>,
+    pub webhook_url: Option<String>,
+    pub events: Option<Vec<Event>>,
+    pub renew_url: Option<String>,
+}
+
+/// What this server can tell, and where.
+#[derive(Clone, Copy, Debug)]
+pub struct Outlets {
+    /// Whether it sends mail.
+    pub mail: bool,
+    /// Whether a webhook may be called without TLS.
+    pub http: bool,
+}
+
 /// What a workspace shall be, or what to change of it; nothing: leave it, or take the default.
 #[derive(Clone, Debug, Default)]
 pub struct WorkspacePatch {
@@ -73,6 +96,8 @@ pub struct WorkspacePatch {
     pub policy: PolicyPatch,
     /// What can be reached with its tokens.
     pub resources: Option<Vec<Resource>>,
+    /// What is told about its tokens, and where.
+    pub notices: WishesPatch,
     /// Rules that were found broken while the request was read; they are reported with those that are found here.
     pub violations: Violations,
 }
@@ -83,6 +108,63 @@ struct Checked {
     prefix: Option<Prefix>,
     policy: PolicyPatch,
     resources: Option<Vec<Resource>>,
+    notices: CheckedWishes,
+}
+
+/// As [`WishesPatch`], of values that follow the rules.
+struct CheckedWishes {
+    days_before: Option<Vec<u16>>,
+    raise_faults: Option<bool>,
+    emails: Option<Vec<String>>,
+    mail_owner: Option<bool>,
+    webhook_url: Option<String>,
+    events: Option<Vec<Event>>,
+    renew_url: Option<String>,
+}
+
+impl CheckedWishes {
+    fn check(patch: WishesPatch, outlets: Outlets, violations: &mut Violations) -> Self {
+        const NO_MAIL: &str = "this server sends no mail: its operator must set smtp_url and smtp_from first";
+        let path = |field: &str| format!("workspace.notices.{field}");
+        if !outlets.mail && patch.mail_owner == Some(true) {
+            violations.add(path("mail_owner"), NO_MAIL);
+        }
+        if !outlets.mail && patch.emails.as_ref().is_some_and(|emails| !emails.trim().is_empty()) {
+            violations.add(path("emails"), NO_MAIL);
+        }
+        let url =
+            |text: String, rule: &dyn Fn(&str) -> std::result::Result<String, String>| if text.is_empty() { Ok(text) } else { rule(&text) };
+        let webhook = |text| url(text, &|text| rules::webhook_url(text, outlets.http));
+        let webhook_url = patch.webhook_url.and_then(|text| violations.take(&path("webhook_url"), webhook(text)));
+        let renew_url = patch.renew_url.and_then(|text| violations.take(&path("renew_url"), url(text, &rules::renew_url)));
+        Self {
+            days_before: patch.days_before.map(|days| rules::days_before(&path("days_before"), &days, violations)),
+            raise_faults: patch.raise_faults,
+            emails: patch.emails.map(|text| rules::emails(&path("emails"), &text, violations)),
+            mail_owner: patch.mail_owner,
+            webhook_url,
+            events: patch.events,
+            renew_url,
+        }
+    }
+
+    fn apply(self, wishes: Wishes, now: Time) -> Wishes {
+        let was_on = wishes.is_on();
+        let mut wishes = Wishes {
+            days_before: self.days_before.unwrap_or(wishes.days_before),
+            raise_faults: self.raise_faults.unwrap_or(wishes.raise_faults),
+            emails: self.emails.unwrap_or(wishes.emails),
+            mail_owner: self.mail_owner.unwrap_or(wishes.mail_owner),
+            webhook_url: self.webhook_url.unwrap_or(wishes.webhook_url),
+            events: self.events.unwrap_or(wishes.events),
+            renew_url: self.renew_url.unwrap_or(wishes.renew_url),
+            since: wishes.since,
+        };
+        if wishes.is_on() && !was_on {
+            wishes.since = now;
+        }
+        wishes
+    }
 }
 
 /// How many, from where on.
@@ -100,6 +182,7 @@ pub struct Directory {
     store: Arc<Store>,
     fence: Arc<Fence>,
     certificates: Vec<Certificate>,
+    outlets: Outlets,
 }
 
 /// Whom client certificates stand for, and with which scopes.
@@ -122,8 +205,8 @@ pub fn etag(version: i64) -> String {
 impl Directory {
     /// One on this store.
     #[must_use]
-    pub fn new(keyring: Arc<Keyring>, store: Arc<Store>, fence: Arc<Fence>, certificates: Vec<Certificate>) -> Arc<Self> {
-        Arc::new(Self { keyring, store, fence, certificates })
+    pub fn new(keyring: Arc<Keyring>, store: Arc<Store>, fence: Arc<Fence>, certificates: Vec<Certificate>, outlets: Outlets) -> Arc<Self> {
+        Arc::new(Self { keyring, store, fence, certificates, outlets })
     }
 
     /// Makes the principals that certificates stand for, where their workspace is there and they are not: a certificate of somebody who is not there is refused.
@@ -154,7 +237,7 @@ impl Directory {
             ..patch
         };
         let policy = patch.policy.apply(Policy::default());
-        let checked = check(patch, Some(policy), violations)?;
+        let checked = check(patch, Some(policy), self.outlets, violations)?;
         let (Some(id), Some(prefix)) = (id, checked.prefix) else { return Err(Error::Internal("a violation was lost".into())) };
         let workspace = Workspace {
             id,
@@ -162,6 +245,7 @@ impl Directory {
             prefix,
             policy,
             resources: checked.resources.unwrap_or_default(),
+            notices: checked.notices.apply(Wishes::default(), now),
             suspended: false,
             create_time: now,
             update_time: now,
@@ -223,12 +307,13 @@ impl Directory {
         if patch.prefix.is_some() && !caller.is_root() {
             return Err(Error::Denied("only keyward:root changes the prefix of a workspace".to_owned()));
         }
-        let patch = check(patch, None, Violations::default())?;
+        let patch = check(patch, None, self.outlets, Violations::default())?;
         let change = move |workspace: &mut Workspace| {
             workspace.display_name = patch.display_name.unwrap_or_else(|| workspace.display_name.clone());
             workspace.prefix = patch.prefix.unwrap_or_else(|| workspace.prefix.clone());
             workspace.policy = patch.policy.apply(workspace.policy);
             workspace.resources = patch.resources.unwrap_or_else(|| workspace.resources.clone());
+            workspace.notices = patch.notices.apply(workspace.notices.clone(), now);
             let mut violations = Violations::default();
             rules::policy("workspace.policy", &workspace.policy, &mut violations);
             violations.finish()
@@ -350,7 +435,7 @@ impl Directory {
     }
 }
 
-fn check(patch: WorkspacePatch, policy: Option<Policy>, mut violations: Violations) -> Result<Checked> {
+fn check(patch: WorkspacePatch, policy: Option<Policy>, outlets: Outlets, mut violations: Violations) -> Result<Checked> {
     violations.append(patch.violations);
     let name = |name: String| violations.take("workspace.display_name", rules::display_name(&name));
     let display_name = patch.display_name.and_then(name);
@@ -366,8 +451,9 @@ fn check(patch: WorkspacePatch, policy: Option<Policy>, mut violations: Violatio
             violations.add(format!("workspace.resources{}", mistake.field), mistake.rule);
         }
     }
+    let notices = CheckedWishes::check(patch.notices, outlets, &mut violations);
     violations.finish()?;
-    Ok(Checked { display_name, prefix, policy: patch.policy, resources: patch.resources })
+    Ok(Checked { display_name, prefix, policy: patch.policy, resources: patch.resources, notices })
 }
 
 /// Makes the principal of a certificate, if it is not there.

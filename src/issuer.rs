@@ -30,6 +30,8 @@ use crate::{
     error::{Error, Result, Violations},
     fence::{Fence, RootWatch},
     grant::{Kind, ShownState, State, Subject, Token},
+    notice::{Event, Wishes},
+    notices::{News, tell},
     rules::{self, Lifetime},
     scope::{Right, Scope},
     store::{AuditEvent, Store, Tx},
@@ -151,6 +153,7 @@ impl Issuer {
             prefix,
             policy: Policy::default(),
             resources: Vec::new(),
+            notices: Wishes::default(),
             suspended: false,
             create_time: now,
             update_time: now,
@@ -299,7 +302,7 @@ impl Issuer {
             Err(error) if !request.is_named() => return Err(error),
             drafted => drafted,
         };
-        let mut tx = self.store.begin_creation().await?;
+        let mut tx = self.store.begin_unnumbered().await?;
         // First what was answered: what it asked for may have been possible then and not be now.
         let replay = match self.claim(&tx, method, caller, request, now).await? {
             Replay::Answered(kept) => {
@@ -317,6 +320,8 @@ impl Issuer {
         tx.insert_token(&token, &issued.digest).await?;
         let principal = made.as_ref().map(|principal| principal_event(method, caller, principal, now));
         tx.audit(principal.into_iter().chain([event(method, Some(caller), &token, "", None, Some(&token), now)])).await?;
+        let news = News { event: Event::Created, actor: Some(caller), reason: "" };
+        tell(&tx, &workspace.id, &workspace.notices, news, &[&token], now).await?;
         self.keep(&tx, replay, token.id, &issued.secret, None).await?;
         tx.commit(now).await?;
         if let Some(Principal { workspace, id, .. }) = made {
@@ -500,6 +505,7 @@ impl Issuer {
         tx.update_token(&token, &digests).await?;
         tx.replace_digest(id, &digest, grace_time).await?;
         tx.audit([event(method, Some(caller), &token, "", Some(&before), Some(&token), now)]).await?;
+        tell_of(&tx, News { event: Event::Regenerated, actor: Some(caller), reason: "" }, &[&token], now).await?;
         self.keep(&tx, replay, id, &secret, grace_time).await?;
         self.fence.conclude(tx, now).await?;
         Ok(Regenerated { token, secret, grace_time })
@@ -526,6 +532,9 @@ impl Issuer {
                 tx.delete_token(id, &digests, now).await?;
                 end_watch(watch, &tx).await?;
                 tx.audit([event("DeleteToken", Some(&caller), &token, "", Some(&token), None, now)]).await?;
+                if matches!(token.shown_state(now), ShownState::Active | ShownState::Inactive) {
+                    tell_of(&tx, News { event: Event::Revoked, actor: Some(&caller), reason: "" }, &[&token], now).await?;
+                }
                 issuer.fence.conclude(tx, now).await
             })
             .await
@@ -575,6 +584,9 @@ impl Issuer {
             tx.replace_audiences(&token).await?;
         }
         tx.audit([event(method, Some(caller), &token, reason, Some(&before), Some(&token), now)]).await?;
+        if token.state == State::Revoked {
+            tell_of(&tx, News { event: Event::Revoked, actor: Some(caller), reason }, &[&token], now).await?;
+        }
         self.fence.conclude(tx, now).await?;
         Ok(token)
     }
@@ -643,6 +655,15 @@ async fn make_room(tx: &mut Tx<'_>, token: &Token, policy: &Policy, now: Time) -
         )));
     }
     Ok(made.then_some(principal))
+}
+
+/// Tells of tokens of one workspace, as far as that wants to hear of it.
+async fn tell_of(tx: &Tx<'_>, news: News<'_>, tokens: &[&Token], now: Time) -> Result<()> {
+    let Some(first) = tokens.first() else { return Ok(()) };
+    match tx.brief(&first.workspace).await? {
+        Some(brief) => tell(tx, &brief.id, &brief.notices, news, tokens, now).await,
+        None => Ok(()),
+    }
 }
 
 fn subjects(digests: &[Digest]) -> Vec<Subject> {

@@ -334,6 +334,20 @@ pub fn id(text: &str) -> Result<TokenId, &'static str> {
     TokenId::parse(text).ok_or("must be the id of a token: tok_ and 22 characters")
 }
 
+/// The id of a fault.
+pub fn fault_id(text: &str) -> Result<(), &'static str> {
+    if is_sorted_id(text, "flt_") { Ok(()) } else { Err("must be the id of a fault: flt_ and 22 characters") }
+}
+
+/// The id of a notice.
+pub fn notice_id(text: &str) -> Result<(), &'static str> {
+    if is_sorted_id(text, "ntc_") { Ok(()) } else { Err("must be the id of a notice: ntc_ and 22 characters") }
+}
+
+fn is_sorted_id(text: &str, kind: &str) -> bool {
+    text.strip_prefix(kind).is_some_and(|rest| rest.len() == 22 && rest.bytes().all(|byte| byte.is_ascii_alphanumeric()))
+}
+
 /// The caller's own name for a request.
 pub fn request_id(text: &str) -> Result<(), String> {
     if (1..=128).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic()) {

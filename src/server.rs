@@ -32,10 +32,11 @@ use crate::{
     audit::Audit,
     cache::Cache,
     config::{CertificateIdentity, Config},
-    directory::{Certificate, Directory},
+    directory::{Certificate, Directory, Outlets},
     error::Error,
     fence::Fence,
     issuer::Issuer,
+    notices::{self, Notices},
     retention::{Periods, Retention},
     store::{DatabaseUrl, Hold, Store},
     telemetry::{self, Metrics},
@@ -48,6 +49,10 @@ use crate::{
 const USAGE_INTERVAL: Duration = Duration::from_secs(1);
 /// How often what nobody needs any more is removed.
 const PRUNE_INTERVAL: Duration = Duration::from_secs(10);
+/// How often the outbox of notices is looked into.
+const OUTBOX_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a clean stop waits for notices that are being delivered; they are tried again otherwise.
+const NOTICES_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often certificates and the exclusive use of the database are looked after.
 const WATCH_INTERVAL: Duration = Duration::from_secs(3);
 /// How long a clean stop tries to write counted uses and to close the database.
@@ -81,6 +86,7 @@ struct Rooms {
     audit: Arc<Audit>,
     fence: Arc<Fence>,
     retention: Arc<Retention>,
+    notices: Arc<Notices>,
     metrics: Arc<Metrics>,
     certificates: Option<Arc<Certificates>>,
 }
@@ -116,6 +122,7 @@ impl Server {
             issuer: Arc::clone(&rooms.issuer),
             directory: Arc::clone(&rooms.directory),
             audit: Arc::clone(&rooms.audit),
+            notices: Arc::clone(&rooms.notices),
             metrics: Arc::clone(&metrics),
         };
         let routes = api.clone().routes(HealthService::from_health_reporter(health.clone())).map_err(|error| error.to_string())?;
@@ -133,7 +140,7 @@ impl Server {
             lost,
             rooms,
         };
-        server.spawn_ticks(lost_sender);
+        server.spawn_ticks(lost_sender, config.notices_interval);
         server.metrics_task = metrics_listener.map(|listener| tokio::spawn(serve_metrics(listener, server.rooms.clone())));
         tokio::spawn(Arc::clone(&server.port).accept(listener));
         set_health(&server.health, ServingStatus::Serving).await;
@@ -182,6 +189,8 @@ impl Server {
             metrics.abort();
         }
         let end = async {
+            // What is not through by then is taken up again when its lease has ended.
+            let _interrupted = timeout(NOTICES_TIMEOUT, self.rooms.notices.stop()).await;
             let flushed = self.rooms.usage.flush(&self.rooms.store).await;
             let flushed = flushed.and(self.rooms.audit.tick().await);
             if timeout(REPORTS_TIMEOUT, self.rooms.issuer.finish_reports()).await.is_err() {
@@ -201,7 +210,17 @@ impl Server {
         }
     }
 
-    fn spawn_ticks(&self, lost: watch::Sender<bool>) {
+    fn spawn_ticks(&self, lost: watch::Sender<bool>, notices_interval: Duration) {
+        let rooms = self.rooms.clone();
+        every(notices_interval, self.phase.subscribe(), move || {
+            let rooms = rooms.clone();
+            async move { report("not all tokens near their end were told", rooms.notices.scan(rooms.clock.now()).await.map(drop)) }
+        });
+        let rooms = self.rooms.clone();
+        every(OUTBOX_INTERVAL, self.phase.subscribe(), move || {
+            let rooms = rooms.clone();
+            async move { report("notices could not be delivered; they are kept", rooms.notices.deliver(rooms.clock.now()).await) }
+        });
         let rooms = self.rooms.clone();
         every(USAGE_INTERVAL, self.phase.subscribe(), move || {
             let rooms = rooms.clone();
@@ -289,7 +308,9 @@ impl Rooms {
         let usage = Arc::new(Usage::default());
         let fence = Fence::new(Arc::clone(&cache), Arc::clone(&store));
         let issuer = Issuer::new(Arc::clone(&keyring), Arc::clone(&store), Arc::clone(&fence));
-        let directory = Directory::new(Arc::clone(&keyring), Arc::clone(&store), Arc::clone(&fence), certificates_of(config));
+        let directory =
+            Directory::new(Arc::clone(&keyring), Arc::clone(&store), Arc::clone(&fence), certificates_of(config), outlets_of(config));
+        let notices = Notices::new(Arc::clone(&keyring), Arc::clone(&store), clock.clone(), notices_settings(config)?)?;
         let audit = Audit::new(Arc::clone(&keyring), Arc::clone(&store));
         let periods = Periods { tokens: config.token_retention, audit: config.audit_retention };
         let retention = Retention::new(Arc::clone(&store), Arc::clone(&fence), periods);
@@ -303,7 +324,7 @@ impl Rooms {
         })?;
         directory.make_certificates_principals(clock.now()).await.map_err(|error| error.to_string())?;
         let validator = Validator::new(keyring, Arc::clone(&cache), Arc::clone(&store), Arc::clone(&usage));
-        Ok(Self { clock, cache, store, usage, validator, issuer, directory, audit, fence, retention, metrics, certificates })
+        Ok(Self { clock, cache, store, usage, validator, issuer, directory, audit, fence, retention, notices, metrics, certificates })
     }
 
     fn reload_certificates(&self) {
@@ -313,6 +334,22 @@ impl Rooms {
             Some(Err(error)) => tracing::error!(%error, "the certificates on disk cannot be used; those from before stay"),
         }
     }
+}
+
+/// How this server can tell anybody anything.
+fn outlets_of(config: &Config) -> Outlets {
+    Outlets { mail: config.smtp.is_some(), http: !config.webhook_allowed_cidrs.is_empty() }
+}
+
+fn notices_settings(config: &Config) -> Result<notices::Settings, String> {
+    let read = |path: &std::path::PathBuf| {
+        std::fs::read(path).map_err(|error| format!("notices_ca_file {} cannot be read: {error}", path.display()))
+    };
+    Ok(notices::Settings {
+        mail: config.smtp.clone(),
+        webhook_allowed_cidrs: config.webhook_allowed_cidrs.clone(),
+        ca: config.notices_ca_file.as_ref().map(read).transpose()?,
+    })
 }
 
 /// Whom certificates stand for.
@@ -441,9 +478,13 @@ async fn serve_metrics(listener: TcpListener, rooms: Rooms) {
     }
 }
 
+fn metrics_page(rooms: &Rooms) -> Result<String, std::fmt::Error> {
+    rooms.metrics.page(rooms.validator.stats(), rooms.usage.backlog(), rooms.retention.removed(), &rooms.notices.stats())
+}
+
 fn metrics_answer(request: &Request<Incoming>, rooms: &Rooms) -> Response<String> {
     let (status, content_type, body) = match (request.method(), request.uri().path()) {
-        (&Method::GET, "/metrics") => match rooms.metrics.page(rooms.validator.stats(), rooms.usage.backlog(), rooms.retention.removed()) {
+        (&Method::GET, "/metrics") => match metrics_page(rooms) {
             Ok(page) => (StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", page),
             Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", error.to_string()),
         },

@@ -10,6 +10,7 @@ mod audit;
 mod directory;
 mod entity;
 mod migrations;
+mod notices;
 mod purge;
 mod tokens;
 mod transaction;
@@ -39,6 +40,7 @@ use tokio::{
 };
 
 pub use audit::{AuditEvent, AuditFilter, AuditRecord};
+pub use notices::{Claimed, FaultCounts, FaultFilter, FaultRecord, Followed, NoticeRecord, SealedSecrets, Settled};
 pub use purge::Expendable;
 pub use tokens::{Cursor, Filter, Order, OrderKey};
 pub use transaction::{Claim, Tx};

@@ -13,7 +13,7 @@ use prometheus_client::{
 };
 use tracing_subscriber::EnvFilter;
 
-use crate::{config::LogFormat, grant::Verdict, retention::Removed, validator::Stats};
+use crate::{config::LogFormat, grant::Verdict, notice::Channel, notices, retention::Removed, validator::Stats};
 
 /// The version of this program.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -98,6 +98,23 @@ struct KindLabels {
     kind: &'static str,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct FaultLabels {
+    state: &'static str,
+    acknowledged: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct OutboxLabels {
+    channel: &'static str,
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ChannelLabels {
+    channel: &'static str,
+}
+
 /// From 50 µs to 10 s.
 fn latency() -> Histogram {
     Histogram::new([0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0])
@@ -118,6 +135,10 @@ pub struct Metrics {
     shed: Counter,
     unsampled: Counter,
     removed: Family<KindLabels, Counter>,
+    faults: Family<FaultLabels, Gauge>,
+    outbox: Family<OutboxLabels, Gauge>,
+    delivered: Family<ChannelLabels, Counter>,
+    undelivered: Family<ChannelLabels, Counter>,
     /// Open connections to the gRPC port.
     pub connections: Gauge,
     cache_hits: Counter,
@@ -150,6 +171,10 @@ impl Metrics {
             shed: Counter::default(),
             unsampled: Counter::default(),
             removed: Family::default(),
+            faults: Family::default(),
+            outbox: Family::default(),
+            delivered: Family::default(),
+            undelivered: Family::default(),
             connections: Gauge::default(),
             cache_hits: Counter::default(),
             cache_misses: Counter::default(),
@@ -167,6 +192,14 @@ impl Metrics {
         registry.register("shed", "Calls refused because too many were under way", metrics.shed.clone());
         registry.register("audit_unsampled", "Refused calls that the audit kept no event of", metrics.unsampled.clone());
         registry.register("removed", "Rows removed at the end of their retention, by kind", metrics.removed.clone());
+        registry.register(
+            "faults",
+            "Faults that stand, by whether the token has expired yet and whether somebody takes care",
+            metrics.faults.clone(),
+        );
+        registry.register("notices", "Notices that wait, or were given up, by channel", metrics.outbox.clone());
+        registry.register("notices_delivered", "Notices delivered, by channel", metrics.delivered.clone());
+        registry.register("notice_failures", "Attempts to deliver a notice that failed, by channel", metrics.undelivered.clone());
         registry.register("connections", "Open connections", metrics.connections.clone());
         registry.register("cache_hits", "Tokens judged by what memory knew", metrics.cache_hits.clone());
         registry.register("cache_misses", "Tokens for which the database was asked", metrics.cache_misses.clone());
@@ -216,7 +249,7 @@ impl Metrics {
     ///
     /// # Errors
     /// If a number cannot be written as text, which it can.
-    pub fn page(&self, stats: Stats, usage_backlog: usize, removed: Removed) -> Result<String, std::fmt::Error> {
+    pub fn page(&self, stats: Stats, usage_backlog: usize, removed: Removed, notices: &notices::Stats) -> Result<String, std::fmt::Error> {
         use std::sync::atomic::Ordering::Relaxed;
         let count = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
         self.cache_hits.inner().store(stats.hits, Relaxed);
@@ -227,8 +260,34 @@ impl Metrics {
         for (kind, rows) in [("token", removed.tokens), ("workspace", removed.workspaces), ("audit_event", removed.audit_events)] {
             self.removed.get_or_create(&KindLabels { kind }).inner().store(rows, Relaxed);
         }
+        self.notices(notices);
         let mut text = String::new();
         encode(&mut text, &self.registry)?;
         Ok(text)
+    }
+
+    fn notices(&self, stats: &notices::Stats) {
+        use std::sync::atomic::Ordering::Relaxed;
+        let faults = &stats.standing.faults;
+        for (state, acknowledged, count) in [
+            ("expiring", "false", faults.expiring),
+            ("expiring", "true", faults.expiring_acknowledged),
+            ("expired", "false", faults.expired),
+            ("expired", "true", faults.expired_acknowledged),
+        ] {
+            self.faults.get_or_create(&FaultLabels { state, acknowledged }).set(count);
+        }
+        for channel in Channel::ALL {
+            for (state, is_dead) in [("pending", false), ("dead", true)] {
+                let waiting = stats.standing.outbox.iter().find(|(of, dead, _)| *of == channel && *dead == is_dead);
+                let labels = OutboxLabels { channel: channel.name(), state };
+                self.outbox.get_or_create(&labels).set(waiting.map_or(0, |(.., count)| *count));
+            }
+        }
+        for (channel, delivered, failed) in stats.attempts {
+            let labels = ChannelLabels { channel: channel.name() };
+            self.delivered.get_or_create(&labels).inner().store(delivered, Relaxed);
+            self.undelivered.get_or_create(&labels).inner().store(failed, Relaxed);
+        }
     }
 }

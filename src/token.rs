@@ -274,7 +274,27 @@ impl fmt::Debug for TokenId {
 /// # Errors
 /// `Internal` if the operating system has no randomness.
 pub fn event_id(now: Time) -> Result<String> {
-    let mut text = String::from("evt_");
+    sorted_id("evt_", now)
+}
+
+/// A new id for a notice, such as that of an audit event: `ntc_`.
+///
+/// # Errors
+/// As [`event_id`].
+pub fn notice_id(now: Time) -> Result<String> {
+    sorted_id("ntc_", now)
+}
+
+/// A new id for a fault, such as that of an audit event: `flt_`.
+///
+/// # Errors
+/// As [`event_id`].
+pub fn fault_id(now: Time) -> Result<String> {
+    sorted_id("flt_", now)
+}
+
+fn sorted_id(kind: &str, now: Time) -> Result<String> {
+    let mut text = kind.to_owned();
     push_base62(&mut text, &base62_wide::<ID_CHARS>(unique(now)?.to_be_bytes()));
     Ok(text)
 }

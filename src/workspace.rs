@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::{
     ambient::Time,
+    notice::Wishes,
     scope::{Operation, Resource},
     token::Prefix,
 };
@@ -25,6 +26,8 @@ pub struct Workspace {
     pub policy: Policy,
     /// What can be reached with its tokens.
     pub resources: Vec<Resource>,
+    /// What is told about its tokens, and where.
+    pub notices: Wishes,
     /// Whether every token of it is refused.
     pub suspended: bool,
     /// When it was made.
@@ -40,10 +43,14 @@ pub struct Workspace {
 pub struct Brief {
     /// Its id.
     pub id: String,
+    /// A name for people.
+    pub display_name: String,
     /// What new tokens begin with.
     pub prefix: Prefix,
     /// What may be created in it.
     pub policy: Policy,
+    /// What is told about its tokens, and where.
+    pub notices: Wishes,
     /// Whether every token of it is refused.
     pub suspended: bool,
 }
@@ -74,6 +81,7 @@ impl Workspace {
             "resources": resources
                 .map(|resource| json!({"resource": resource.resource, "endpoint": resource.endpoint, "operations": operations(resource)}))
                 .collect::<Vec<_>>(),
+            "notices": self.notices.settings(),
             "suspended": self.suspended,
             "version": self.version,
         })

@@ -9,6 +9,7 @@ use crate::{
     error::Violations,
     grant::{Kind, ShownState, Token, Verdict},
     issuer::{self, Grace},
+    notice::Event,
     proto,
     scope::Scope,
 };
@@ -73,6 +74,35 @@ pub(super) fn grace(duration: Option<&WireDuration>) -> Grace {
 /// An optional instant.
 pub(super) fn optional_time(field: &str, timestamp: Option<&Timestamp>, violations: &mut Violations) -> Option<Time> {
     timestamp.and_then(|timestamp| violations.take(field, time(timestamp)))
+}
+
+/// What a notice is about, for an answer.
+pub(super) fn notice_event(event: Event) -> proto::NoticeEvent {
+    match event {
+        Event::Expiring => proto::NoticeEvent::TokenExpiring,
+        Event::Expired => proto::NoticeEvent::TokenExpired,
+        Event::Created => proto::NoticeEvent::TokenCreated,
+        Event::Regenerated => proto::NoticeEvent::TokenRegenerated,
+        Event::Revoked => proto::NoticeEvent::TokenRevoked,
+        Event::Leaked => proto::NoticeEvent::TokenLeaked,
+        Event::Test => proto::NoticeEvent::Test,
+    }
+}
+
+/// The events that a workspace wants to hear of, as they were sent; each once.
+pub(super) fn notice_events(field: &str, sent: &[i32], violations: &mut Violations) -> Vec<Event> {
+    const RULE: &str =
+        "must be NOTICE_EVENT_TOKEN_CREATED, NOTICE_EVENT_TOKEN_REGENERATED, NOTICE_EVENT_TOKEN_REVOKED or NOTICE_EVENT_TOKEN_LEAKED";
+    let mut events = Vec::new();
+    for (index, number) in sent.iter().enumerate() {
+        let known = Event::ALL.into_iter().find(|event| i32::from(notice_event(*event)) == *number);
+        match known.filter(|event| event.is_optional()) {
+            None => violations.add(format!("{field}[{index}]"), RULE),
+            Some(event) if events.contains(&event) => {}
+            Some(event) => events.push(event),
+        }
+    }
+    events
 }
 
 /// Whether a kind that was sent is the temporary one. Not said is permanent.

@@ -30,7 +30,7 @@ use tower_service::Service as _;
 
 use super::{
     Api, Call,
-    rates::{OwnChanges, Reports},
+    rates::{PerPrincipal, Reports},
     status,
 };
 use crate::{
@@ -49,6 +49,8 @@ const REPORT_CALLS_MAX: usize = 64;
 /// Methods that make tokens or secrets for the caller's own principal.
 const OWN_CHANGES: [&str; 3] =
     ["/keyward.v1.SelfService/CreateMyToken", "/keyward.v1.SelfService/IssueTemporaryToken", "/keyward.v1.SelfService/RegenerateSelf"];
+/// The method that sends mail to addresses that the caller can choose.
+const SEND_TEST: &str = "/keyward.v1.NoticeService/SendTestNotice";
 /// Answers to calls of the control plane that the audit keeps a sample of.
 const REFUSALS: [Code; 4] = [Code::Unauthenticated, Code::PermissionDenied, Code::NotFound, Code::FailedPrecondition];
 /// How long the caller waits (<https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>).
@@ -108,7 +110,7 @@ const fn method(path: &'static str, access: Access, plane: Plane) -> Method {
 }
 
 /// Every method there is: who may what.
-pub const METHODS: [Method; 38] = [
+pub const METHODS: [Method; 44] = [
     method("/keyward.v1.ValidationService/ValidateToken", Access::Validate, Plane::Data),
     Method { request_bytes_max: 1_024 * KIB, ..method("/keyward.v1.ValidationService/BatchValidateTokens", Access::Validate, Plane::Data) },
     method("/keyward.v1.TokenService/CreateToken", Access::Admin, Plane::Control),
@@ -143,6 +145,12 @@ pub const METHODS: [Method; 38] = [
     method("/keyward.v1.PrincipalService/ResumePrincipal", Access::Admin, Plane::Control),
     method("/keyward.v1.PrincipalService/DeletePrincipal", Access::Admin, Plane::Control),
     method("/keyward.v1.AuditService/ListAuditEvents", Access::Admin, Plane::Control),
+    method("/keyward.v1.NoticeService/ListFaults", Access::Admin, Plane::Control),
+    method("/keyward.v1.NoticeService/AcknowledgeFault", Access::Admin, Plane::Control),
+    method("/keyward.v1.NoticeService/ListNotices", Access::Admin, Plane::Control),
+    method("/keyward.v1.NoticeService/RetryNotice", Access::Admin, Plane::Control),
+    method(SEND_TEST, Access::Admin, Plane::Control),
+    method("/keyward.v1.NoticeService/RotateWebhookSecret", Access::Admin, Plane::Control),
     method("/grpc.health.v1.Health/Check", Access::Public, Plane::Health),
     method("/grpc.health.v1.Health/Watch", Access::Public, Plane::Health),
     method("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Access::Public, Plane::Stream),
@@ -209,6 +217,8 @@ pub struct Limits {
     pub reports_max: NonZeroU32,
     /// Tokens and secrets that one principal makes for itself: so many at once, and as many in a minute.
     pub own_changes_max: NonZeroU32,
+    /// Tests of notices that one principal sends: so many at once, and as many in a minute.
+    pub test_notices_max: NonZeroU32,
 }
 
 impl Default for Limits {
@@ -216,6 +226,7 @@ impl Default for Limits {
         const ADDRESS_REPORTS: NonZeroU32 = NonZeroU32::new(30).unwrap();
         const REPORTS: NonZeroU32 = NonZeroU32::new(50).unwrap();
         const OWN: NonZeroU32 = NonZeroU32::new(60).unwrap();
+        const TESTS: NonZeroU32 = NonZeroU32::new(6).unwrap();
         Self {
             data_calls_max: 4_096,
             control_calls_max: 256,
@@ -223,6 +234,7 @@ impl Default for Limits {
             address_reports_max: ADDRESS_REPORTS,
             reports_max: REPORTS,
             own_changes_max: OWN,
+            test_notices_max: TESTS,
         }
     }
 }
@@ -247,7 +259,8 @@ pub struct Gate {
     health_calls: Semaphore,
     report_calls: Semaphore,
     reports: Reports,
-    own_changes: OwnChanges,
+    own_changes: PerPrincipal,
+    test_notices: PerPrincipal,
     active: Arc<AtomicUsize>,
 }
 
@@ -265,7 +278,8 @@ impl Gate {
             health_calls: Semaphore::new(HEALTH_CALLS_MAX),
             report_calls: Semaphore::new(REPORT_CALLS_MAX),
             reports: Reports::new(limits.address_reports_max, limits.reports_max),
-            own_changes: OwnChanges::new(limits.own_changes_max),
+            own_changes: PerPrincipal::new(limits.own_changes_max),
+            test_notices: PerPrincipal::new(limits.test_notices_max),
             active: Arc::default(),
         }
     }
@@ -364,6 +378,9 @@ impl Gate {
         if let Some(call) = self.identify(method, request.headers(), peer, Judge::WithTheMessage, who).await? {
             if OWN_CHANGES.contains(&method.path) && !self.own_changes.admit(&call.caller.workspace, &call.caller.principal) {
                 return Err(status::overloaded("this principal makes too many tokens for itself; try again in a minute".to_owned()));
+            }
+            if method.path == SEND_TEST && !self.test_notices.admit(&call.caller.workspace, &call.caller.principal) {
+                return Err(status::overloaded("this principal sends too many tests of notices; try again in a minute".to_owned()));
             }
             request.headers_mut().remove(AUTHORIZATION);
             request.extensions_mut().insert(call);

@@ -1,4 +1,4 @@
-//! How often anybody may report leaked tokens, and a principal make tokens for itself.
+//! How often anybody may report leaked tokens, and a principal make tokens for itself or send tests.
 
 use std::{
     net::{IpAddr, Ipv6Addr},
@@ -24,19 +24,20 @@ pub(super) struct Reports {
     calls: AtomicUsize,
 }
 
-/// A bound for each principal on the tokens and secrets that it makes for itself: their rows stay long after they have ended.
-pub(super) struct OwnChanges {
+/// A bound for each principal: on the tokens and secrets that it makes for itself, whose rows stay long after they have ended, and on tests of notices, which
+/// go to addresses of its choice.
+pub(super) struct PerPrincipal {
     by_principal: DefaultKeyedRateLimiter<(Arc<str>, Arc<str>)>,
     calls: AtomicUsize,
 }
 
-impl OwnChanges {
+impl PerPrincipal {
     /// So many at once, and as many in a minute.
     pub(super) fn new(burst: NonZeroU32) -> Self {
         Self { by_principal: RateLimiter::keyed(Quota::per_minute(burst)), calls: AtomicUsize::new(0) }
     }
 
-    /// Whether this principal may make one more.
+    /// Whether this principal may do it once more.
     pub(super) fn admit(&self, workspace: &Arc<str>, principal: &Arc<str>) -> bool {
         if self.calls.fetch_add(1, Ordering::Relaxed).is_multiple_of(SWEEP_CALLS) {
             self.by_principal.retain_recent();

@@ -4,8 +4,9 @@ use tonic::{Request, Response, Status};
 
 use super::{Api, Call, call, convert};
 use crate::{
-    directory::{self, PageRequest, PolicyPatch, WorkspacePatch, WorkspaceTarget},
+    directory::{self, PageRequest, PolicyPatch, WishesPatch, WorkspacePatch, WorkspaceTarget},
     error::Violations,
+    notice::Wishes,
     proto::{self, workspace_service_server::WorkspaceService},
     scope::{Operation, Resource},
     workspace::{Policy, Workspace},
@@ -24,6 +25,7 @@ impl WorkspaceService for Api {
             display_name: Some(message.display_name),
             prefix: Some(message.prefix),
             resources: Some(message.resources.into_iter().map(resource).collect()),
+            notices: message.notices.map(|notices| whole_notices(&notices, &mut violations)).unwrap_or_default(),
             violations: Violations::default(),
         };
         let workspace = self.directory.create_workspace(caller, &message.id, WorkspacePatch { violations, ..patch }, now).await?;
@@ -87,7 +89,7 @@ fn shown(workspace: Workspace) -> proto::Workspace {
         suspended: workspace.suspended,
         create_time: convert::timestamp(workspace.create_time),
         update_time: convert::timestamp(workspace.update_time),
-        notices: None,
+        notices: Some(shown_notices(workspace.notices)),
     }
 }
 
@@ -100,6 +102,18 @@ fn shown_policy(policy: &Policy) -> proto::Policy {
         permanent_requires_admin: policy.permanent_requires_admin,
         principals_on_first_use: Some(policy.principals_on_first_use),
         max_tokens_per_principal: i32::try_from(policy.max_tokens_per_principal).unwrap_or(i32::MAX),
+    }
+}
+
+fn shown_notices(wishes: Wishes) -> proto::Notices {
+    proto::Notices {
+        days_before: wishes.days_before.into_iter().map(i32::from).collect(),
+        raise_faults: wishes.raise_faults,
+        emails: wishes.emails.join("; "),
+        mail_owner: wishes.mail_owner,
+        webhook_url: wishes.webhook_url,
+        events: wishes.events.into_iter().map(|event| convert::notice_event(event).into()).collect(),
+        renew_url: wishes.renew_url,
     }
 }
 
@@ -165,11 +179,35 @@ fn take_policy(mut patch: PolicyPatch, field: &str, message: &proto::Policy, vio
     Some(patch)
 }
 
+const NOTICES_FIELDS: [&str; 7] = ["days_before", "raise_faults", "emails", "mail_owner", "webhook_url", "events", "renew_url"];
+
+fn whole_notices(message: &proto::Notices, violations: &mut Violations) -> WishesPatch {
+    NOTICES_FIELDS
+        .iter()
+        .fold(WishesPatch::default(), |patch, field| take_notices(patch.clone(), field, message, violations).unwrap_or(patch))
+}
+
+/// Takes one field over; what is not set gets its default. Nothing: there is no such field.
+fn take_notices(mut patch: WishesPatch, field: &str, message: &proto::Notices, violations: &mut Violations) -> Option<WishesPatch> {
+    match field {
+        "days_before" => patch.days_before = Some(message.days_before.clone()),
+        "raise_faults" => patch.raise_faults = Some(message.raise_faults),
+        "emails" => patch.emails = Some(message.emails.clone()),
+        "mail_owner" => patch.mail_owner = Some(message.mail_owner),
+        "webhook_url" => patch.webhook_url = Some(message.webhook_url.clone()),
+        "events" => patch.events = Some(convert::notice_events("workspace.notices.events", &message.events, violations)),
+        "renew_url" => patch.renew_url = Some(message.renew_url.clone()),
+        _ => return None,
+    }
+    Some(patch)
+}
+
 /// The fields that the mask names.
 fn patch(message: proto::UpdateWorkspaceRequest) -> (WorkspaceTarget, WorkspacePatch) {
-    const PATHS: &str = "display_name, prefix, policy, policy.<field>, resources";
+    const PATHS: &str = "display_name, prefix, policy, policy.<field>, resources, notices, notices.<field>";
     let workspace = message.workspace.unwrap_or_default();
     let policy = workspace.policy.unwrap_or_default();
+    let notices = workspace.notices.unwrap_or_default();
     let mut patch = WorkspacePatch::default();
     let mut violations = Violations::default();
     let paths = message.update_mask.unwrap_or_default().paths;
@@ -183,11 +221,18 @@ fn patch(message: proto::UpdateWorkspaceRequest) -> (WorkspaceTarget, WorkspaceP
             "prefix" => patch.prefix = Some(workspace.prefix.clone()),
             "policy" => patch.policy = whole_policy(&policy, &mut violations),
             "resources" => patch.resources = Some(resources.clone()),
-            path => match path.strip_prefix("policy.").and_then(|field| take_policy(patch.policy, field, &policy, &mut violations)) {
-                Some(policy) => patch.policy = policy,
-                // Not quoted: it is the caller's text, and may be anything.
-                None => violations.add(format!("update_mask.paths[{index}]"), format!("cannot be changed; the mask may name {PATHS}")),
-            },
+            "notices" => patch.notices = whole_notices(&notices, &mut violations),
+            path => {
+                let policy = path.strip_prefix("policy.").and_then(|field| take_policy(patch.policy, field, &policy, &mut violations));
+                let field = path.strip_prefix("notices.");
+                let wishes = field.and_then(|field| take_notices(patch.notices.clone(), field, &notices, &mut violations));
+                match (policy, wishes) {
+                    (Some(policy), _) => patch.policy = policy,
+                    (_, Some(wishes)) => patch.notices = wishes,
+                    // Not quoted: it is the caller's text, and may be anything.
+                    _ => violations.add(format!("update_mask.paths[{index}]"), format!("cannot be changed; the mask may name {PATHS}")),
+                }
+            }
         }
     }
     patch.violations = violations;

@@ -11,17 +11,21 @@ use std::{
 
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{Issuer, end, end_watch, event, watch_root};
+use super::{Issuer, end, end_watch, event, tell_of, watch_root};
 use crate::{
     ambient::{self, Time},
     caller::Caller,
     error::{Error, Result, Violations},
     grant::{State, Token},
+    notice::Event,
+    notices::News,
     rules,
     store::Tx,
     token::{Digest, TokenId},
 };
 
+/// The method by which anybody ends tokens that they hold.
+const REPORT: &str = "ReportLeakedTokens";
 const REPORTED_MAX: usize = 100;
 const REPORTED_CHARS_MAX: usize = 256;
 /// A report is answered after this time: longer than a change takes, so that nobody sees whether there was one.
@@ -45,6 +49,9 @@ pub(crate) async fn end_all(tx: &mut Tx<'_>, live: &[(Token, Vec<Digest>)], endi
     let digests: Vec<Digest> = live.iter().flat_map(|(_, digests)| digests).copied().collect();
     let ids: Vec<TokenId> = live.iter().map(|(token, _)| token.id).collect();
     tx.revoke_tokens(&ids, reason, &digests, now).await?;
+    let told = if method == REPORT { Event::Leaked } else { Event::Revoked };
+    let tokens: Vec<&Token> = live.iter().map(|(token, _)| token).collect();
+    tell_of(tx, News { event: told, actor, reason }, &tokens, now).await?;
     tx.audit(live.iter().map(|(token, _)| {
         let mut ended = token.clone();
         end(&mut ended, reason, now);
@@ -172,7 +179,7 @@ impl Issuer {
             return Ok(());
         }
         let reporter = Caller::nobody(address);
-        let ending = Ending { method: "ReportLeakedTokens", actor: Some(&reporter), reason: "LEAKED" };
+        let ending = Ending { method: REPORT, actor: Some(&reporter), reason: "LEAKED" };
         let mut tx = self.store.begin_change().await?;
         for digest in &digests {
             let Some((token, known, is_present)) = tx.token_of_digest(digest).await? else { continue };

@@ -50,7 +50,7 @@ enum Protection {
 }
 
 /// Which mail server, and how it is reached. Prints as its scheme.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct SmtpUrl {
     host: Host,
     port: u16,

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::{
     Store, Tx, damaged,
     entity::{principal, split, workspace},
-    translate,
+    notices, translate,
 };
 use crate::{
     ambient::Time,
@@ -210,7 +210,9 @@ impl Tx<'_> {
     /// # Errors
     /// `Unavailable`.
     pub async fn purge_workspace(&self, id: &str) -> Result<()> {
-        self.execute("DELETE FROM prefix WHERE workspace = $1", vec![id.into()]).await?;
+        for table in ["prefix", "fault", "notice", "webhook_secret"] {
+            self.execute(&format!("DELETE FROM {table} WHERE workspace = $1"), vec![id.into()]).await?;
+        }
         self.execute("DELETE FROM workspace WHERE id = $1 AND emptied", vec![id.into()]).await.map(drop)
     }
 
@@ -327,6 +329,8 @@ struct BriefRow {
     permanent_requires_admin: bool,
     principals_on_first_use: bool,
     max_tokens_per_principal: i64,
+    display_name: String,
+    notices: String,
 }
 
 fn brief_workspace(id: &str) -> sea_orm::Selector<sea_orm::SelectModel<BriefRow>> {
@@ -352,6 +356,8 @@ fn brief_of(row: BriefRow) -> Result<Brief> {
         },
         id: row.id,
         suspended: row.suspended,
+        display_name: row.display_name,
+        notices: notices::wishes_of(&row.notices)?,
     })
 }
 
@@ -371,9 +377,9 @@ fn span(seconds: i64) -> Result<Duration> {
 
 fn workspace_of(row: workspace::Model) -> Result<Workspace> {
     let resources = resources_of(&row.resources)?;
-    let (display_name, version) = (row.display_name.clone(), row.version);
+    let version = row.version;
     let (create_time, update_time) = (Time::from_micros(row.create_time), Time::from_micros(row.update_time));
-    let Brief { id, prefix, policy, suspended } = brief_of(BriefRow {
+    let Brief { id, prefix, policy, suspended, display_name, notices } = brief_of(BriefRow {
         id: row.id,
         prefix: row.prefix,
         suspended: row.suspended,
@@ -384,8 +390,10 @@ fn workspace_of(row: workspace::Model) -> Result<Workspace> {
         permanent_requires_admin: row.permanent_requires_admin,
         principals_on_first_use: row.principals_on_first_use,
         max_tokens_per_principal: row.max_tokens_per_principal,
+        display_name: row.display_name,
+        notices: row.notices,
     })?;
-    Ok(Workspace { id, display_name, prefix, policy, resources, suspended, create_time, update_time, version })
+    Ok(Workspace { id, display_name, prefix, policy, resources, notices, suspended, create_time, update_time, version })
 }
 
 fn row_of_workspace(workspace: &Workspace) -> workspace::Model {
@@ -407,6 +415,7 @@ fn row_of_workspace(workspace: &Workspace) -> workspace::Model {
         resources: resources_text(&workspace.resources),
         delete_time: None,
         emptied: false,
+        notices: notices::wishes_text(&workspace.notices),
     }
 }
 

@@ -84,6 +84,7 @@ pub(super) mod workspace {
         pub resources: String,
         pub delete_time: Option<i64>,
         pub emptied: bool,
+        pub notices: String,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
@@ -199,6 +200,60 @@ pub(super) mod audit {
         pub reason: String,
         pub before: Option<String>,
         pub after: Option<String>,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+pub(super) mod notice {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "notice")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub id: String,
+        pub workspace: String,
+        pub channel: i16,
+        pub event: String,
+        pub recipient: String,
+        pub items: String,
+        pub token_count: i64,
+        pub actor: String,
+        pub reason: String,
+        pub create_time: i64,
+        pub dead: bool,
+        pub attempts: i64,
+        pub due_time: i64,
+        pub claim: String,
+        pub give_up_time: i64,
+        pub last_error: String,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+pub(super) mod fault {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "fault")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub id: String,
+        pub workspace: String,
+        pub token_id: String,
+        pub days_before: i32,
+        pub expire_time: i64,
+        pub raise_time: i64,
+        pub acknowledge_time: Option<i64>,
+        pub acknowledged_by: String,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

@@ -16,6 +16,7 @@ impl MigratorTrait for Migrator {
         vec![
             Box::new(Version { name: "0001_ground_floor", up: GROUND_FLOOR }),
             Box::new(Version { name: "0002_whole_domain", up: WHOLE_DOMAIN }),
+            Box::new(Version { name: "0003_notices", up: NOTICES }),
         ]
     }
 }
@@ -233,4 +234,66 @@ ALTER TABLE audit_event ADD COLUMN code {text} NOT NULL DEFAULT 'OK';
 CREATE INDEX audit_event_by_principal ON audit_event (workspace, principal, event_time, id);
 CREATE INDEX audit_event_by_actor ON audit_event (workspace, actor_principal, event_time, id);
 CREATE INDEX audit_event_by_method ON audit_event (workspace, method, event_time, id);
+";
+
+const NOTICES: &str = r"
+-- What is told of its tokens, as JSON; empty: nothing.
+ALTER TABLE workspace ADD COLUMN notices {text} NOT NULL DEFAULT '';
+CREATE INDEX workspace_by_notices ON workspace (id) WHERE notices <> '' AND delete_time IS NULL;
+
+-- With the state at its end, the tokens that are near their end are found without a look at each of them.
+DROP INDEX token_by_expire_time;
+CREATE INDEX token_by_expire_time ON token (workspace, kind, expire_time, id, state) WHERE delete_time IS NULL;
+
+-- The nearest step that was told of a token with this end. Whoever writes it tells it.
+CREATE TABLE notice_mark (
+    token_id {text} PRIMARY KEY,
+    expire_time BIGINT NOT NULL,
+    days_before INTEGER NOT NULL
+);
+
+-- It is true as long as the token lives and has this end.
+CREATE TABLE fault (
+    id {text} PRIMARY KEY,
+    workspace {text} NOT NULL,
+    token_id {text} NOT NULL,
+    days_before INTEGER NOT NULL,
+    expire_time BIGINT NOT NULL,
+    raise_time BIGINT NOT NULL,
+    acknowledge_time BIGINT,
+    acknowledged_by {text} NOT NULL DEFAULT ''
+);
+CREATE INDEX fault_by_workspace ON fault (workspace, id);
+CREATE UNIQUE INDEX fault_by_token ON fault (token_id, expire_time, days_before);
+
+-- Mails and calls that are not delivered. Channel 1: mail, 2: webhook.
+CREATE TABLE notice (
+    id {text} PRIMARY KEY,
+    workspace {text} NOT NULL,
+    channel SMALLINT NOT NULL,
+    event {text} NOT NULL,
+    recipient {text} NOT NULL,
+    items {text} NOT NULL,
+    token_count BIGINT NOT NULL,
+    actor {text} NOT NULL,
+    reason {text} NOT NULL,
+    create_time BIGINT NOT NULL,
+    dead BOOLEAN NOT NULL,
+    attempts BIGINT NOT NULL,
+    -- When it is tried next. Whoever takes it up moves this ahead for as long as the attempt may take, and puts a text of their own into claim.
+    due_time BIGINT NOT NULL,
+    claim {text} NOT NULL,
+    give_up_time BIGINT NOT NULL,
+    last_error {text} NOT NULL
+);
+CREATE INDEX notice_by_due_time ON notice (channel, workspace, due_time) WHERE NOT dead;
+CREATE INDEX notice_by_workspace ON notice (workspace, id);
+
+-- What calls of a workspace's webhook are signed with, sealed with the keyring.
+CREATE TABLE webhook_secret (
+    workspace {text} PRIMARY KEY,
+    sealed {bytes} NOT NULL,
+    previous {bytes},
+    previous_expire_time BIGINT
+);
 ";

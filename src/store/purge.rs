@@ -64,14 +64,20 @@ impl Store {
 }
 
 impl Tx<'_> {
-    /// Removes tokens, with their audiences and their use counts. Their audit stays.
+    /// Removes tokens, with their audiences, their use counts and their faults. Their audit stays.
     ///
     /// # Errors
     /// `Unavailable`.
     pub async fn purge_tokens(&mut self, tokens: &[Expendable]) -> Result<()> {
         self.touch(tokens.iter().flat_map(|token| &token.digests).copied().map(Subject::Token));
         let places = (1..=tokens.len()).map(|number| format!("${number}")).collect::<Vec<_>>().join(", ");
-        for (table, column) in [("token_audience", "token_id"), ("token_usage", "token_id"), ("token", "id")] {
+        for (table, column) in [
+            ("token_audience", "token_id"),
+            ("token_usage", "token_id"),
+            ("notice_mark", "token_id"),
+            ("fault", "token_id"),
+            ("token", "id"),
+        ] {
             let values = tokens.iter().map(|token| Value::from(token.id.to_string())).collect();
             self.execute(&format!("DELETE FROM {table} WHERE {column} IN ({places})"), values).await?;
         }

@@ -75,11 +75,11 @@ impl Store {
         Ok(tx)
     }
 
-    /// Begins a change that only adds tokens: nobody can know them yet, so it waits for nobody.
+    /// Begins what takes no number: it adds tokens, which nobody can know yet, or is about notices, on which no verdict hangs. It waits for nobody.
     ///
     /// # Errors
     /// `Unavailable`, `Overloaded`.
-    pub async fn begin_creation(&self) -> Result<Tx<'_>> {
+    pub async fn begin_unnumbered(&self) -> Result<Tx<'_>> {
         self.begin().await
     }
 

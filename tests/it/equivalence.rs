@@ -13,7 +13,7 @@ use keyward::{
     ambient::Time,
     cache::Cache,
     caller::Caller,
-    directory::{Certificate, Directory, PrincipalInput, PrincipalTarget, WorkspacePatch, WorkspaceTarget},
+    directory::{Certificate, Directory, Outlets, PrincipalInput, PrincipalTarget, WorkspacePatch, WorkspaceTarget},
     error::{Error, Result},
     fence::Fence,
     grant::{Need, Verdict},
@@ -98,7 +98,13 @@ impl Rooms {
         let periods = Periods { tokens: 30 * 24 * HOUR, audit: 365 * 24 * HOUR };
         let rooms = Self {
             cached: validator(&keyring, cache, &store),
-            directory: Directory::new(Arc::clone(&keyring), Arc::clone(&store), Arc::clone(&fence), headquarters()),
+            directory: Directory::new(
+                Arc::clone(&keyring),
+                Arc::clone(&store),
+                Arc::clone(&fence),
+                headquarters(),
+                Outlets { mail: false, http: false },
+            ),
             retention: Retention::new(Arc::clone(&store), fence, periods),
             issuer,
             store,

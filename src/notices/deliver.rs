@@ -1,0 +1,310 @@
+//! From the outbox to the receivers: each workspace has queues of its own, which wait by themselves when their receiver fails.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use tokio::{sync::OwnedSemaphorePermit, task::JoinSet};
+
+use super::{
+    Notices,
+    letter::{letter, payload},
+    webhook::Call,
+};
+use crate::{
+    ambient::{self, Time},
+    error::{Error, Result},
+    notice::{Brand, Channel, Event, Notice, Outcome},
+    store::{Claimed, Settled},
+    token::{self, TokenId, WebhookSecret},
+    workspace::Brief,
+};
+
+/// For how long nobody else tries what was taken up: longer than a group takes at worst.
+const LEASE: Duration = Duration::from_mins(3);
+/// Notices that are tried at once, to one receiver.
+const GROUP: usize = 16;
+/// Destinations that one look finds.
+const DESTINATIONS_MAX: u64 = 1_000;
+/// The pause before a notice is tried again: as long at first, doubled each time, as long at most; half as much less or more, by chance.
+const NOTICE_PAUSES: (Duration, Duration) = (Duration::from_secs(10), Duration::from_hours(1));
+/// The pause before a receiver that failed is tried again.
+const RECEIVER_PAUSES: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins(10));
+
+pub(super) const NO_MAIL: &str = "this server sends no mail: its operator must set smtp_url and smtp_from";
+
+/// What is known of a receiver: whether it is being served, and whether it failed.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Destination {
+    is_busy: bool,
+    failures: u32,
+    retry_time: Option<Time>,
+}
+
+impl Destination {
+    /// Forgets that it failed.
+    pub(super) fn forgive(&mut self) {
+        (self.failures, self.retry_time) = (0, None);
+    }
+}
+
+impl Notices {
+    /// Begins to deliver what is due, in the background; what is being delivered already goes on.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Overloaded`.
+    pub async fn deliver(self: &Arc<Self>, now: Time) -> Result<()> {
+        for channel in Channel::ALL {
+            for workspace in self.store.due_destinations(channel, now, DESTINATIONS_MAX).await? {
+                if let Some(permit) = self.engage(channel, &workspace, now) {
+                    tokio::spawn(serve(Arc::clone(self), channel, workspace, permit));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes up nothing more, and waits for what is being delivered.
+    pub async fn stop(&self) {
+        self.is_stopping.store(true, Ordering::SeqCst);
+        self.rest().await;
+    }
+
+    /// Waits until nothing is being delivered.
+    pub async fn rest(&self) {
+        for line in [&self.mail, &self.webhook] {
+            // They are never closed.
+            let _all = line.workers.acquire_many(line.workers_max).await;
+        }
+    }
+
+    /// A worker for a receiver that is not being served and may be tried, if there is one left.
+    fn engage(&self, channel: Channel, workspace: &str, now: Time) -> Option<OwnedSemaphorePermit> {
+        let mut destinations = self.destinations.lock();
+        let known = destinations.get(&(channel, workspace.to_owned())).copied().unwrap_or_default();
+        if known.is_busy || known.retry_time.is_some_and(|retry_time| retry_time > now) {
+            return None;
+        }
+        let permit = Arc::clone(&self.line(channel).workers).try_acquire_owned().ok()?;
+        destinations.insert((channel, workspace.to_owned()), Destination { is_busy: true, ..known });
+        Some(permit)
+    }
+
+    /// Notes how a receiver fared; says how often it has failed in a row.
+    fn note(&self, channel: Channel, workspace: &str, is_failing: bool, now: Time) -> u32 {
+        let mut destinations = self.destinations.lock();
+        let known = destinations.entry((channel, workspace.to_owned())).or_default();
+        known.failures = if is_failing { known.failures.saturating_add(1) } else { 0 };
+        known.retry_time = is_failing.then(|| now + pause(known.failures, RECEIVER_PAUSES));
+        known.failures
+    }
+
+    fn disengage(&self, channel: Channel, workspace: &str) {
+        let mut destinations = self.destinations.lock();
+        let key = (channel, workspace.to_owned());
+        match destinations.get_mut(&key) {
+            Some(known) if known.failures > 0 => known.is_busy = false,
+            _ => drop(destinations.remove(&key)),
+        }
+    }
+
+    /// Empties a queue as far as it goes. A receiver that failed is tried with one notice first.
+    async fn empty(self: &Arc<Self>, channel: Channel, workspace: &str) -> Result<()> {
+        let mut failures = self.destinations.lock().get(&(channel, workspace.to_owned())).map_or(0, |known| known.failures);
+        while !self.is_stopping.load(Ordering::SeqCst) {
+            let now = self.clock.now();
+            let claim = token::notice_id(now)?;
+            let limit = if failures == 0 { GROUP } else { 1 };
+            let limit = u64::try_from(limit).unwrap_or(1);
+            let claimed = self.store.claim_notices(channel, workspace, &claim, limit, now, now + LEASE).await?;
+            if claimed.is_empty() {
+                return Ok(());
+            }
+            let brief = self.store.brief(workspace).await?;
+            let failure = match brief {
+                // The workspace was deleted.
+                None => self.store.settle_notices(&claim, &all(&claimed, &Settled::Done), now).await.map(|()| None)?,
+                Some(brief) => self.attempt_group(channel, &brief, &claim, claimed).await?,
+            };
+            let now = self.clock.now();
+            failures = self.note(channel, workspace, failure.is_some(), now);
+            if let Some(error) = failure {
+                self.store.give_up(channel, workspace, &error, now).await?;
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Tries a group at once and writes what became of it; says why the receiver cannot be reached, if it cannot.
+    async fn attempt_group(
+        self: &Arc<Self>,
+        channel: Channel,
+        brief: &Brief,
+        claim: &str,
+        claimed: Vec<Claimed>,
+    ) -> Result<Option<String>> {
+        let now = self.clock.now();
+        let secrets: Arc<[WebhookSecret]> =
+            if channel == Channel::Webhook { self.secrets(&brief.id, now).await?.into() } else { Arc::new([]) };
+        let told = self.told(&claimed).await?;
+        let brief = Arc::new(brief.clone());
+        let mut attempts = JoinSet::new();
+        let mut settled = Vec::with_capacity(claimed.len());
+        for claimed in claimed {
+            match still_true(claimed, &brief, &told) {
+                Err(id) => settled.push((id, Settled::Done)),
+                Ok(claimed) => {
+                    let (notices, brief, secrets) = (Arc::clone(self), Arc::clone(&brief), Arc::clone(&secrets));
+                    attempts.spawn(async move {
+                        let outcome = notices.attempt(&claimed.notice, &brief, &secrets).await;
+                        (claimed, outcome)
+                    });
+                }
+            }
+        }
+        let mut failure = None;
+        while let Some(attempt) = attempts.join_next().await {
+            let (claimed, outcome) = attempt.map_err(|error| Error::Internal(error.into()))?;
+            let line = self.line(channel);
+            let counter = if outcome == Outcome::Delivered { &line.delivered } else { &line.failed };
+            counter.fetch_add(1, Ordering::Relaxed);
+            if let Outcome::Unreachable { error } = &outcome {
+                failure = Some(error.clone());
+            }
+            settled.push((claimed.notice.id.clone(), settle(&claimed, outcome, self.clock.now())));
+        }
+        self.store.settle_notices(claim, &settled, self.clock.now()).await?;
+        Ok(failure)
+    }
+
+    /// One attempt.
+    pub(super) async fn attempt(&self, notice: &Notice, brief: &Brief, secrets: &[WebhookSecret]) -> Outcome {
+        let brand = Brand { display_name: brief.display_name.clone(), renew_url: brief.notices.renew_url.clone() };
+        let now = self.clock.now();
+        match notice.channel {
+            Channel::Mail => match &self.mailer {
+                None => Outcome::Unreachable { error: NO_MAIL.to_owned() },
+                Some(mailer) => mailer.send(&letter(notice, &brand, now)).await,
+            },
+            Channel::Webhook => {
+                let body = payload(notice, &brand);
+                let url = &brief.notices.webhook_url;
+                self.webhooks.post(Call { url, id: &notice.id, time: now, body: &body, secrets }).await
+            }
+        }
+    }
+
+    /// The ends of the tokens that these notices tell of, and the steps that were told of them last.
+    async fn told(&self, claimed: &[Claimed]) -> Result<HashMap<TokenId, (Time, u16)>> {
+        let steps = claimed.iter().filter(|claimed| is_step(claimed.notice.event));
+        let mut ids: Vec<TokenId> = steps.flat_map(|claimed| &claimed.notice.items).map(|item| item.token_id).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let told = self.store.told_steps(&ids).await?;
+        Ok(told.into_iter().map(|(id, end, days)| (id, (end, days))).collect())
+    }
+
+    /// What calls of a workspace's webhook are signed with: the present secret, and the one before it as long as it counts.
+    pub(super) async fn secrets(&self, workspace: &str, now: Time) -> Result<Vec<WebhookSecret>> {
+        let sealed = match self.store.webhook_secrets(workspace).await? {
+            Some(sealed) => sealed,
+            None => self.first_secret(workspace, now).await?,
+        };
+        let previous = sealed.1.filter(|(_, end)| *end > now).map(|(sealed, _)| sealed);
+        let open =
+            |sealed: Vec<u8>| self.keyring.open(&secret_purpose(workspace), &sealed).and_then(|bytes| WebhookSecret::from_bytes(&bytes));
+        let secrets: Vec<WebhookSecret> = std::iter::once(sealed.0).chain(previous).filter_map(open).collect();
+        if secrets.is_empty() {
+            return Err(Error::Internal(format!("the webhook secret of {workspace} was sealed with a key that is gone: rotate it").into()));
+        }
+        Ok(secrets)
+    }
+
+    async fn first_secret(&self, workspace: &str, now: Time) -> Result<crate::store::SealedSecrets> {
+        let sealed = self.keyring.seal(&secret_purpose(workspace), WebhookSecret::generate()?.as_bytes())?;
+        let tx = self.store.begin_unnumbered().await?;
+        tx.insert_webhook_secret(workspace, &sealed).await?;
+        let kept = tx.webhook_secrets(workspace).await?;
+        tx.commit(now).await?;
+        kept.ok_or_else(|| Error::Internal("a webhook secret was not kept".into()))
+    }
+}
+
+/// Serves a receiver until nothing is due for it, or it fails.
+async fn serve(notices: Arc<Notices>, channel: Channel, workspace: String, permit: OwnedSemaphorePermit) {
+    if let Err(error) = notices.empty(channel, &workspace).await {
+        let below = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+        tracing::warn!(%error, below, channel = channel.name(), workspace, "notices could not be delivered; they are kept");
+        notices.note(channel, &workspace, true, notices.clock.now());
+    }
+    notices.disengage(channel, &workspace);
+    drop(permit);
+}
+
+/// What seals a workspace's webhook secret.
+pub(super) fn secret_purpose(workspace: &str) -> [u8; 32] {
+    token::fingerprint(&[b"webhook secret", workspace.as_bytes()])
+}
+
+fn is_step(event: Event) -> bool {
+    matches!(event, Event::Expiring | Event::Expired)
+}
+
+fn all(claimed: &[Claimed], settled: &Settled) -> Vec<(String, Settled)> {
+    claimed.iter().map(|claimed| (claimed.notice.id.clone(), settled.clone())).collect()
+}
+
+/// What is left of a notice when everything is taken out that was overtaken, by a nearer step or by a change of the token or of what the workspace wants; its id
+/// if nothing is.
+fn still_true(mut claimed: Claimed, brief: &Brief, told: &HashMap<TokenId, (Time, u16)>) -> std::result::Result<Claimed, String> {
+    let notice = &mut claimed.notice;
+    if is_step(notice.event) {
+        notice
+            .items
+            .retain(|item| told.get(&item.token_id).is_some_and(|(end, days)| *end == item.expire_time && Some(*days) == item.days_before));
+    }
+    let wishes = &brief.notices;
+    let is_wished = match notice.channel {
+        Channel::Mail => wishes.mail_owner || wishes.emails.contains(&notice.recipient),
+        Channel::Webhook => !wishes.webhook_url.is_empty(),
+    };
+    if is_wished && !notice.items.is_empty() { Ok(claimed) } else { Err(claimed.notice.id) }
+}
+
+fn settle(claimed: &Claimed, outcome: Outcome, now: Time) -> Settled {
+    let again = |error: String| {
+        let due = now + pause(u32::try_from(claimed.attempts).unwrap_or(u32::MAX), NOTICE_PAUSES);
+        if due < claimed.give_up_time { Settled::Again(due, error) } else { Settled::Dead(error) }
+    };
+    match outcome {
+        Outcome::Delivered => Settled::Done,
+        Outcome::Refused { error, is_final: true } => Settled::Dead(error),
+        Outcome::Refused { error, is_final: false } | Outcome::Unreachable { error } => again(error),
+    }
+}
+
+/// How long it is waited after so many failures.
+fn pause(failures: u32, (first, longest): (Duration, Duration)) -> Duration {
+    let doubled = first.saturating_mul(2_u32.saturating_pow(failures.saturating_sub(1).min(16))).min(longest);
+    // From half of it to half as much again; without randomness just it.
+    let chance = ambient::random::<2>().map_or(0x8000, u16::from_be_bytes);
+    doubled / 2 + doubled.mul_f64(f64::from(chance) / f64::from(u16::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_and_end_growing() {
+        for (failures, shortest, longest) in [(1, 5, 15), (2, 10, 30), (5, 80, 240), (1_000, 1_800, 5_400)] {
+            for _ in 0..50 {
+                let pause = pause(failures, NOTICE_PAUSES).as_secs_f64();
+                assert!((f64::from(shortest)..=f64::from(longest)).contains(&pause), "{failures}: {pause}");
+            }
+        }
+    }
+}
