@@ -10,9 +10,11 @@ mod audit;
 mod connection;
 mod expiry;
 mod failure;
+mod faults;
 mod leaks;
 mod listing;
 mod logout;
+mod notices;
 mod own;
 mod paging;
 mod policy;
@@ -21,10 +23,12 @@ mod questions;
 mod serve;
 mod session;
 mod settings;
+mod several;
 mod sheet;
 mod table;
 mod tokens;
 mod update;
+mod wishes;
 mod workspaces;
 
 use std::{
@@ -33,7 +37,7 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{Arg, ArgMatches, Command, value_parser};
+use clap::{Arg, ArgMatches, Command, parser::ValueSource, value_parser};
 use clap_complete::Shell;
 
 use self::{
@@ -73,6 +77,7 @@ fn root() -> Command {
         .subcommands([serve_command(), migrate_command(), recover_command(), keyring_command()])
         .subcommands([questions::health_command(), questions::whoami_command(), questions::validate_command()])
         .subcommands([tokens::token_command(), workspaces::workspace_command(), principals::principal_command()])
+        .subcommands([faults::faults_command(), notices::notices_command()])
         .subcommands([audit::audit_command(), logout::session_command(), leaks::report_command(), completions_command()])
 }
 
@@ -121,6 +126,10 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn dispatch(matches: &ArgMatches) -> ExitCode {
     let (path, args) = leaf(matches);
+    if let Some(name) = given_in_vain(matches) {
+        let failure = Failure::usage(format!("--{name} stands before a command that it would not reach: give it behind `keyward {path}`"));
+        return report(&failure, Format::Table);
+    }
     match path.as_str() {
         "serve" => with_config(args, serve::serve),
         "migrate" => with_config(args, serve::migrate),
@@ -139,6 +148,16 @@ fn leaf(matches: &ArgMatches) -> (String, &ArgMatches) {
         args = inner;
     }
     (path.join(" "), args)
+}
+
+/// An option of `keyward faults` alone that was given before one of its commands, which would not see it.
+fn given_in_vain(matches: &ArgMatches) -> Option<String> {
+    let typed = |args: &ArgMatches, name: &str| {
+        matches!(args.try_contains_id(name), Ok(true)) && args.value_source(name) == Some(ValueSource::CommandLine)
+    };
+    let (_, inner) = matches.subcommand()?;
+    let lost = matches.ids().map(clap::Id::as_str).find(|name| typed(matches, name) && !typed(inner, name));
+    lost.map(str::to_owned).or_else(|| given_in_vain(inner))
 }
 
 fn with_config(args: &ArgMatches, act: fn(&Config) -> ExitCode) -> ExitCode {
@@ -248,6 +267,12 @@ fn block_on(path: &str, args: &ArgMatches, session: &mut Session<'_>) -> Result<
             "principal suspend" => principals::suspend(args, session).await,
             "principal resume" => principals::resume(args, session).await,
             "principal delete" => principals::delete(args, session).await,
+            "faults" | "faults list" => faults::list(args, session).await,
+            "faults acknowledge" => faults::acknowledge(args, session).await,
+            "notices list" => notices::list(args, session).await,
+            "notices retry" => notices::retry(args, session).await,
+            "notices test" => notices::test(args, session).await,
+            "notices rotate-secret" => notices::rotate_secret(args, session).await,
             "audit list" => audit::list_events(args, session).await,
             "audit export" => audit::export(args, session).await,
             _ => Err(Failure::usage(format!("there is no command {path}"))),
@@ -301,13 +326,30 @@ mod tests {
 
     #[test]
     fn a_misplaced_token_is_not_echoed() {
-        for arguments in [&["whoami", TOKEN][..], &["validate", "-", TOKEN], &["token", "list", "--limit", TOKEN], &[TOKEN]] {
+        for arguments in
+            [&["whoami", TOKEN][..], &["validate", "-", TOKEN], &["token", "list", "--limit", TOKEN], &["faults", TOKEN], &[TOKEN]]
+        {
             let error = root().no_binary_name(true).try_get_matches_from(arguments).expect_err("wrong");
             let shown = mask(&error.to_string());
             assert!(error.to_string().contains(TOKEN) && !shown.contains(TOKEN), "{shown}");
             assert!(shown.contains("prod_0ab…"), "{shown}");
         }
         assert_eq!(mask("short_words stay, ünïcode too\n"), "short_words stay, ünïcode too\n");
+    }
+
+    #[test]
+    fn an_option_that_would_not_be_seen_is_a_mistake() {
+        for (arguments, expected) in [
+            (&["faults", "--workspace", "acme", "list"][..], Some("workspace")),
+            (&["faults", "--all", "acknowledge", "flt_1"], Some("all")),
+            (&["faults", "--address", "h:1", "list", "--workspace", "acme"], None),
+            (&["faults", "--workspace", "acme", "--all"], None),
+            (&["token", "--output", "json", "get", "tok_1"], None),
+            (&["workspace", "update", "--allow-never", "true"], None),
+        ] {
+            let matches = root().no_binary_name(true).try_get_matches_from(arguments).expect("well formed");
+            assert_eq!(given_in_vain(&matches).as_deref(), expected, "{arguments:?}");
+        }
     }
 
     #[test]
@@ -349,6 +391,9 @@ mod tests {
             (&["workspace", "update", "--default-ttl", "1d"], &[], "", "this needs your own token"),
             (&["audit", "export", "--since", "never"], &token, "", "--since: never is not an instant"),
             (&["report-leaked"], &token, "\n", "there is nothing to report"),
+            (&["faults"], &[], "", "this needs your own token"),
+            (&["notices", "rotate-secret"], &[], "", "this needs your own token"),
+            (&["workspace", "import", "-"], &token, "[notices]\nevents = [\"x\"]", "notices.events[0]: must be one of created"),
         ] {
             let (exit, out, err) = run_client(arguments, env, input);
             assert!(exit == Exit::Usage && out.is_empty() && err.contains(expected), "{arguments:?}: {exit:?} {err}");

@@ -1,6 +1,7 @@
 //! How each answer of Keyward looks, to people and to programs.
 
 mod audit;
+mod notices;
 mod principals;
 mod workspaces;
 
@@ -9,6 +10,7 @@ use std::fmt::Write as _;
 use prost::Message;
 use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, SerializeOptions};
 
+pub(super) use self::notices::{fault_rows, notice_rows};
 use super::{
     expiry,
     failure::{Failure, disarm},
@@ -26,6 +28,10 @@ use crate::proto::{
 pub(super) trait Answer: Message {
     /// The name of the message in the proto files.
     const NAME: &'static str;
+    /// What people are told that the secret is, before it is shown.
+    const SECRET_IS: &'static str = "This is the token itself";
+    /// What people are told if the secret could not be written.
+    const SECRET_LOST: &'static str = "the token's secret could not be written and is lost: run `keyward token regenerate` for a new one";
 
     /// For people.
     fn text(&self) -> String;

@@ -46,6 +46,8 @@ pub(super) struct Failure(Box<Cause>);
 struct Cause {
     exit: Exit,
     code: &'static str,
+    /// What it is about, if several things were asked for.
+    subject: String,
     message: String,
     reason: String,
     violations: Vec<Violation>,
@@ -55,8 +57,8 @@ struct Cause {
 
 impl Failure {
     fn new(exit: Exit, code: &'static str, message: String) -> Self {
-        let (reason, violations, retry_delay, hint) = Default::default();
-        Self(Box::new(Cause { exit, code, message, reason, violations, retry_delay, hint }))
+        let (subject, reason, violations, retry_delay, hint) = Default::default();
+        Self(Box::new(Cause { exit, code, subject, message, reason, violations, retry_delay, hint }))
     }
 
     /// What was typed cannot be done.
@@ -84,6 +86,13 @@ impl Failure {
     /// Nobody reads the answer any more, as in `keyward token list | head -1`: nothing to complain about.
     pub(super) fn silent() -> Self {
         Self::output("")
+    }
+
+    /// Names what it is about, where several things were asked for.
+    #[must_use]
+    pub(super) fn about(mut self, subject: &str) -> Self {
+        self.0.subject = format!("{subject}: ");
+        self
     }
 
     /// Adds what may help, if it is not known whether the call took effect.
@@ -121,7 +130,7 @@ impl Failure {
     fn text(&self) -> String {
         let cause = &self.0;
         let colon = if cause.violations.is_empty() { "" } else { ":" };
-        let mut text = format!("keyward: {}{colon}\n", escape(self.headline()));
+        let mut text = format!("keyward: {}{}{colon}\n", escape(&cause.subject), escape(self.headline()));
         // Writing to a String cannot fail.
         for Violation { field, rule } in &cause.violations {
             let _ = writeln!(text, "  {}: {}", escape(field), escape(rule));
@@ -147,7 +156,7 @@ impl Failure {
             cause.violations.iter().map(|violation| serde_json::json!({ "field": violation.field, "rule": violation.rule })).collect();
         let mut object = serde_json::Map::from_iter([
             ("code".to_owned(), cause.code.into()),
-            ("message".to_owned(), cause.message.clone().into()),
+            ("message".to_owned(), format!("{}{}", cause.subject, cause.message).into()),
             ("reason".to_owned(), cause.reason.clone().into()),
             ("violations".to_owned(), violations.into()),
         ]);

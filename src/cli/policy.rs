@@ -36,7 +36,7 @@ pub(super) fn args() -> [Arg; 7] {
     .map(|arg| arg.help_heading("Policy"))
 }
 
-fn truth(name: &'static str, help: &'static str) -> Arg {
+pub(super) fn truth(name: &'static str, help: &'static str) -> Arg {
     option(name, "BOOL", help).value_parser(value_parser!(bool))
 }
 

@@ -110,20 +110,18 @@ impl Session<'_> {
                 self.write(&json)?;
             }
             (Format::Table, None) => self.write(&answer.text())?,
-            (Format::Table, Some(secret)) => self.reveal(&answer.text(), secret)?,
+            (Format::Table, Some(secret)) => self.reveal::<A>(&answer.text(), secret)?,
         }
         self.warn_if_pending(answer);
         Ok(Exit::Good)
     }
 
-    fn reveal(&mut self, text: &str, secret: &str) -> Result<(), Failure> {
+    fn reveal<A: Answer>(&mut self, text: &str, secret: &str) -> Result<(), Failure> {
         let shown = write!(self.err, "{text}").and_then(|()| self.err.flush());
-        self.note("This is the token itself. It is shown this once and cannot be had again:");
+        self.note(&format!("{}. It is shown this once and cannot be had again:", A::SECRET_IS));
         // Without the description the secret is still worth having; without the secret nothing is.
         let _ = shown;
-        self.write(&format!("{}\n", escape(secret))).map_err(|_| {
-            Failure::output("the token's secret could not be written and is lost: run `keyward token regenerate` for a new one")
-        })
+        self.write(&format!("{}\n", escape(secret))).map_err(|_| Failure::output(A::SECRET_LOST))
     }
 
     /// Writes to standard output.

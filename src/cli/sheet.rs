@@ -1,7 +1,10 @@
-//! The settings of a workspace as a TOML file: name, policy, resources.
+//! The settings of a workspace as a TOML file: name, policy, notices, resources.
 //!
 //! Invariant: a file that was written from a workspace says just that workspace (test `what_was_written_is_read`), and a file with a
 //! mistake says nothing at all (test `mistakes_name_the_key_and_the_fix`).
+
+mod notices;
+mod routes;
 
 use std::fmt::Write as _;
 
@@ -16,14 +19,11 @@ use super::{
 };
 use crate::{
     error::{Error, Violations},
-    proto::{Operation, Policy, Resource, Workspace},
-    scope::Scope,
+    proto::{Policy, Workspace},
 };
 
-const KEYS: [&str; 3] = ["display_name", "policy", "resources"];
-const RESOURCE_KEYS: [&str; 3] = ["resource", "endpoint", "operations"];
+const KEYS: [&str; 4] = ["display_name", "policy", "notices", "resources"];
 const NAME_CHARS_MAX: usize = 100;
-const METHOD_CHARS_MAX: usize = 32;
 
 /// What a file says: the settings, and the fields of the update mask for them.
 #[derive(Default, Debug)]
@@ -44,7 +44,7 @@ pub(super) fn read(name: &str, text: &str) -> Result<Sheet, Failure> {
         return Err(Failure::mistakes(format!("{name} cannot be loaded; nothing was changed"), violations));
     }
     if reader.sheet.paths.is_empty() {
-        return Err(Failure::usage(format!("{name} has nothing to load: it can have display_name, [policy] and [[resources]]")));
+        return Err(Failure::usage(format!("{name} has nothing to load: it can have display_name, [policy], [notices] and [[resources]]")));
     }
     Ok(reader.sheet)
 }
@@ -73,6 +73,11 @@ impl Reader {
             None => {}
             Some(Value::Table(policy)) => self.policy(policy),
             Some(_) => self.mistakes.add("policy", "must be a table: [policy], and its settings in the lines below"),
+        }
+        match table.get("notices") {
+            None => {}
+            Some(Value::Table(notices)) => self.notices(notices),
+            Some(_) => self.mistakes.add("notices", "must be a table: [notices], and its settings in the lines below"),
         }
         match table.get("resources") {
             None => {}
@@ -108,51 +113,6 @@ impl Reader {
         self.sheet.workspace.policy = Some(policy);
     }
 
-    fn resources(&mut self, values: &[Value]) {
-        for (index, value) in values.iter().enumerate() {
-            let path = format!("resources[{index}]");
-            match value.as_table() {
-                Some(table) => self.resource(&path, table),
-                None => self.mistakes.add(path, "must be a table with resource, endpoint and operations"),
-            }
-        }
-        self.sheet.paths.push("resources".to_owned());
-    }
-
-    fn resource(&mut self, path: &str, table: &Table) {
-        self.known(&format!("{path}."), table, &RESOURCE_KEYS);
-        let mut required = |key, example: &str| {
-            let value = table.get(key);
-            if value.is_none() {
-                self.mistakes.add(format!("{path}.{key}"), format!("is missing: add a line such as {key} = {example}"));
-            }
-            value
-        };
-        let resource = required("resource", "\"agents\"");
-        let endpoint = required("endpoint", "\"/api/agents\"");
-        let operations = required("operations", "[\"list GET\", \"update PATCH /{id}\"]");
-        let resource = resource.and_then(|value| self.checked(&format!("{path}.resource"), value, is_resource));
-        let endpoint = endpoint.and_then(|value| self.checked(&format!("{path}.endpoint"), value, is_path));
-        let operations = operations.and_then(|value| self.operations(&format!("{path}.operations"), value));
-        if let (Some(resource), Some(endpoint), Some(operations)) = (resource, endpoint, operations) {
-            self.sheet.workspace.resources.push(Resource { resource, endpoint, operations });
-        }
-    }
-
-    fn operations(&mut self, field: &str, value: &Value) -> Option<Vec<Operation>> {
-        let Some(values) = value.as_array().filter(|values| !values.is_empty()) else {
-            self.mistakes.add(field, "must be a list of at least one, such as [\"list GET\", \"update PATCH /{id}\"]");
-            return None;
-        };
-        let mut operations = Vec::new();
-        for (index, value) in values.iter().enumerate() {
-            let field = format!("{field}[{index}]");
-            let text = self.text(&field, value);
-            operations.extend(text.and_then(|text| self.mistakes.take(&field, operation(&text))));
-        }
-        Some(operations)
-    }
-
     fn text(&mut self, field: &str, value: &Value) -> Option<String> {
         self.mistakes.take(field, value.as_str().map(str::to_owned).ok_or("must be a text in quotes"))
     }
@@ -183,42 +143,6 @@ fn is_name(text: &str) -> Result<(), &'static str> {
     if fits { Ok(()) } else { Err("must have 1 to 100 characters") }
 }
 
-fn is_resource(text: &str) -> Result<(), &'static str> {
-    let scope = format!("{text}:x").parse::<Scope>();
-    if scope.is_ok_and(|scope| !scope.is_reserved()) {
-        Ok(())
-    } else {
-        Err("must be 1 to 63 of a-z 0-9 - . beginning with a letter, and not keyward")
-    }
-}
-
-fn is_path(text: &str) -> Result<(), &'static str> {
-    let is_whole = text.starts_with('/') && !text.ends_with('/') && !text.contains("//") && !text.contains(char::is_whitespace);
-    if is_whole || text == "/" { Ok(()) } else { Err("must be a path such as /api/agents/{id}, with neither doubled nor trailing slashes") }
-}
-
-/// `list GET` or `update PATCH /{id}`.
-fn operation(text: &str) -> Result<Operation, &'static str> {
-    let mut words = text.split_whitespace();
-    let (Some(operation), Some(method), path, None) = (words.next(), words.next(), words.next(), words.next()) else {
-        return Err("must be an operation, a method and, if it has one, a path, such as \"list GET\" or \"update PATCH /{id}\"");
-    };
-    let scope = format!("x:{operation}").parse::<Scope>();
-    if !scope.is_ok_and(|scope| !scope.is_wildcard()) {
-        return Err("must begin with an operation: 1 to 63 of a-z 0-9 - . beginning with a letter");
-    }
-    if !is_method(method) {
-        return Err("must have a method in capital letters, such as GET, or * for any, as its second word");
-    }
-    path.map(is_path).transpose()?;
-    Ok(Operation { operation: operation.to_owned(), method: method.to_owned(), path: path.unwrap_or_default().to_owned() })
-}
-
-fn is_method(text: &str) -> bool {
-    let is_name = text.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'-');
-    text == "*" || (is_name && text.len() <= METHOD_CHARS_MAX)
-}
-
 /// Writes the settings of a workspace, so that `read` takes them back.
 pub(super) fn write(workspace: &Workspace) -> String {
     let id = escape(&workspace.id);
@@ -234,8 +158,11 @@ pub(super) fn write(workspace: &Workspace) -> String {
     if let Some(policy) = &workspace.policy {
         write_policy(policy, &mut text);
     }
+    if let Some(notices) = &workspace.notices {
+        notices::write(notices, &mut text);
+    }
     for resource in &workspace.resources {
-        write_resource(resource, &mut text);
+        routes::write(resource, &mut text);
     }
     text
 }
@@ -264,15 +191,6 @@ fn write_policy(policy: &Policy, text: &mut String) {
     }
 }
 
-fn write_resource(resource: &Resource, text: &mut String) {
-    let Resource { resource, endpoint, operations } = resource;
-    let _ = writeln!(text, "\n[[resources]]\nresource = {}\nendpoint = {}\noperations = [", quoted(resource), quoted(endpoint));
-    for Operation { operation, method, path } in operations {
-        let _ = writeln!(text, "    {},", quoted(format!("{operation} {method} {path}").trim_end()));
-    }
-    text.push_str("]\n");
-}
-
 /// A basic string of TOML, in which nothing can steer a terminal either.
 fn quoted(text: &str) -> String {
     let mut quoted = String::with_capacity(text.len() + 2);
@@ -291,13 +209,15 @@ fn quoted(text: &str) -> String {
 }
 
 #[cfg(test)]
+const EXAMPLE: &str = include_str!("../../deploy/workspaces/agent-platform.toml");
+
+#[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
-    use crate::cli::{failure::Exit, session::Format};
-
-    const EXAMPLE: &str = include_str!("../../deploy/workspaces/agent-platform.toml");
+    use crate::{
+        cli::{failure::Exit, session::Format},
+        proto::{Notices, Operation, Resource},
+    };
 
     fn printed(failure: &Failure) -> String {
         let mut err = Vec::new();
@@ -307,8 +227,8 @@ mod tests {
 
     /// The settings that a file holds, without those that belong to the server.
     fn settings(workspace: &Workspace) -> Workspace {
-        let Workspace { display_name, policy, resources, .. } = workspace.clone();
-        Workspace { display_name, policy, resources, ..Workspace::default() }
+        let Workspace { display_name, policy, notices, resources, .. } = workspace.clone();
+        Workspace { display_name, policy, notices, resources, ..Workspace::default() }
     }
 
     fn resource(name: &str, endpoint: &str, operations: &[[&str; 3]]) -> Resource {
@@ -339,6 +259,7 @@ mod tests {
                 resource("a.b-c", "/api/$it's/{id}", &[["list", "*", ""], ["get", "M-SEARCH", "/{path...}"]]),
                 resource("root", "/", &[["see", "GET", ""]]),
             ],
+            notices: Some(Notices { days_before: vec![7, 0], emails: name.to_owned(), ..Notices::default() }),
             suspended: true,
             etag: "e1".to_owned(),
             ..Workspace::default()
@@ -364,13 +285,13 @@ mod tests {
             assert!(text.lines().all(|line| !line.chars().any(is_steering)), "{text}");
             let sheet = read("acme.toml", &text).unwrap_or_else(|failure| panic!("{text}{failure:?}"));
             assert_eq!(sheet.workspace, settings(&before), "{text}");
-            assert_eq!(sheet.paths.len(), 9);
+            assert_eq!(sheet.paths.len(), 16);
         }
     }
 
     #[test]
     fn what_is_not_set_stays_as_it_is() {
-        let bare = Workspace { policy: None, resources: Vec::new(), ..workspace("Bare") };
+        let bare = Workspace { policy: None, notices: None, resources: Vec::new(), ..workspace("Bare") };
         assert_eq!(read("bare.toml", &write(&bare)).expect("well formed").paths, ["display_name", "resources"]);
         let odd = Policy { default_ttl: Some(prost_types::Duration { seconds: 1, nanos: 500_000_000 }), ..Policy::default() };
         let text = write(&Workspace { policy: Some(odd), ..bare });
@@ -390,7 +311,7 @@ mod tests {
     #[test]
     fn mistakes_name_the_key_and_the_fix() {
         for (text, expected) in [
-            ("prefix = \"x\"", "prefix: is not known here: take it out, or name one of display_name, policy, resources"),
+            ("prefix = \"x\"", "prefix: is not known here: take it out, or name one of display_name, policy, notices, resources"),
             ("display_name = 7", "display_name: must be a text in quotes"),
             ("display_name = \"  \"", "display_name: must have 1 to 100 characters"),
             ("policy = 1", "policy: must be a table"),
@@ -432,59 +353,5 @@ mod tests {
         let unknown = printed(&read("root.txt", &format!("{token} = 1")).expect_err("unknown"));
         assert!(!unknown.contains(token), "{unknown}");
         assert!(printed(&read("empty.toml", "# nothing\n").expect_err("empty")).contains("has nothing to load"));
-    }
-
-    /// The segments of a route; what stands for any one segment is `{}`, for the rest `{...}`.
-    fn segments(path: &str) -> Vec<&str> {
-        let shape = |segment: &str| match (segment.starts_with('{'), segment.ends_with("...}")) {
-            (true, true) => Some("{...}"),
-            (true, false) => Some("{}"),
-            (false, _) => None,
-        };
-        path.split('/').skip(1).map(|segment| shape(segment).unwrap_or(segment)).collect()
-    }
-
-    /// Whether some path fits both, and neither is the more exact one.
-    fn are_rivals(one: &[&str], other: &[&str]) -> bool {
-        let rank = |segment: &str| if segment == "{...}" { 2 } else { u8::from(segment == "{}") };
-        let mut leads = BTreeSet::new();
-        for (one, other) in one.iter().zip(other) {
-            if rank(one) + rank(other) == 0 && one != other {
-                return false;
-            }
-            leads.insert(rank(one).cmp(&rank(other)));
-            if rank(one).max(rank(other)) == 2 {
-                break;
-            }
-        }
-        let reaches = |path: &[&str]| path.last() == Some(&"{...}");
-        let meet = one.len() == other.len() || (reaches(one) && one.len() < other.len()) || (reaches(other) && other.len() < one.len());
-        leads.remove(&std::cmp::Ordering::Equal);
-        meet && leads.len() != 1
-    }
-
-    #[test]
-    fn the_example_is_a_table_of_routes_without_rivals() {
-        let sheet = read("agent-platform.toml", EXAMPLE).expect("well formed");
-        assert_eq!(sheet.paths.len(), 9, "{:?}", sheet.paths);
-        let mut scopes = Vec::new();
-        let mut routes: Vec<(&str, String)> = Vec::new();
-        for Resource { resource, endpoint, operations } in &sheet.workspace.resources {
-            for Operation { operation, method, path } in operations {
-                scopes.push(format!("{resource}:{operation}"));
-                routes.push((method, format!("{endpoint}{path}")));
-            }
-        }
-        let expected = "agents:list agents:install agents:update agents:delete executions:list webhooks:send integrations:list \
-                        integrations:create integrations:update integrations:delete knowledge-base:list knowledge-base:search \
-                        triggers:list triggers:execute triggers:details assistant-chat:chat assistant-chat:history storage:upload \
-                        storage:download storage:delete storage:list";
-        assert_eq!(scopes.join(" "), expected);
-        for (index, (method, path)) in routes.iter().enumerate() {
-            let rival = routes[..index].iter().find(|(of, other)| of == method && are_rivals(&segments(path), &segments(other)));
-            assert_eq!(rival, None, "{method} {path}");
-        }
-        assert!(are_rivals(&["a", "{}"], &["{}", "b"]) && are_rivals(&["{}"], &["{}"]) && !are_rivals(&["a"], &["{}"]));
-        assert_eq!(read("again.toml", &write(&sheet.workspace)).expect("well formed").workspace, sheet.workspace);
     }
 }

@@ -14,6 +14,7 @@ use super::{
     session::Session,
     sheet::{self, Sheet},
     tokens::reason,
+    wishes,
 };
 use crate::proto::{
     CreateWorkspaceRequest, DeleteWorkspaceRequest, GetWorkspaceRequest, ListWorkspacesRequest, ListWorkspacesResponse,
@@ -25,7 +26,7 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 
 pub(super) fn workspace_command() -> Command {
     Command::new("workspace")
-        .about("Manages workspaces: their policies, their routes, their end")
+        .about("Manages workspaces: their policies, their notices, their routes, their end")
         .subcommand_required(true)
         .arg_required_else_help(true)
         .subcommands([create_command(), list_command(), get_command(), update_command(), suspend_command(), resume_command()])
@@ -35,12 +36,14 @@ pub(super) fn workspace_command() -> Command {
 
 fn create_command() -> Command {
     let examples = "  keyward workspace create acme --name \"Acme Inc.\" --prefix acme\n  \
-                    keyward workspace create acme --name \"Acme Inc.\" --prefix acme --default-ttl 30d --max-tokens-per-principal 20";
+                    keyward workspace create acme --name \"Acme Inc.\" --prefix acme --default-ttl 30d --max-tokens-per-principal 20\n  \
+                    keyward workspace create acme --name \"Acme Inc.\" --prefix acme --raise-faults true --notice-emails ops@example.org";
     command("create", "Makes a workspace; needs keyward:root", examples)
         .arg(id().required(true))
         .arg(name().required(true))
         .arg(prefix().required(true))
         .args(policy::args())
+        .args(wishes::args())
 }
 
 fn list_command() -> Command {
@@ -48,13 +51,14 @@ fn list_command() -> Command {
 }
 
 fn get_command() -> Command {
-    command("get", "Shows a workspace: its policy and its routes", "  keyward workspace get acme").arg(id_or_own())
+    command("get", "Shows a workspace: its policy, its notices and its routes", "  keyward workspace get acme").arg(id_or_own())
 }
 
 fn update_command() -> Command {
     let examples = "  keyward workspace update acme --name \"Acme Inc.\" --max-temporary-ttl 8h\n  \
-                    keyward workspace update --allow-never true";
-    let changes: Vec<Arg> = [name(), prefix()].into_iter().chain(policy::args()).collect();
+                    keyward workspace update --allow-never true\n  \
+                    keyward workspace update --webhook-url https://hooks.example.org/keyward --notice-events revoked,leaked";
+    let changes: Vec<Arg> = [name(), prefix()].into_iter().chain(policy::args()).chain(wishes::args()).collect();
     let names: Vec<_> = changes.iter().map(|arg| arg.get_id().clone()).collect();
     command("update", "Changes settings of a workspace; what you do not name stays as it is. For routes see import", examples)
         .arg(id_or_own())
@@ -83,15 +87,19 @@ fn delete_command() -> Command {
 
 fn export_command() -> Command {
     let examples = "  keyward workspace export acme > acme.toml";
-    command("export", "Prints the name, the policy and the routes of a workspace as a TOML file, which import takes back", examples)
-        .arg(id_or_own())
+    command(
+        "export",
+        "Prints the name, the policy, the notices and the routes of a workspace as a TOML file, which import takes back",
+        examples,
+    )
+    .arg(id_or_own())
 }
 
 fn import_command() -> Command {
     let examples = "  keyward workspace import acme acme.toml\n  \
                     keyward workspace export acme | keyward workspace import staging -\n  \
                     keyward workspace import --create --prefix acme acme acme.toml";
-    command("import", "Loads a TOML file with the name, the policy and the routes of a workspace, or some of these", examples)
+    command("import", "Loads a TOML file with the name, the policy, the notices and the routes of a workspace, or some of these", examples)
         .allow_missing_positional(true)
         .arg(id_or_own())
         .arg(Arg::new("file").value_name("FILE").required(true).help("The file; - reads it from standard input"))
@@ -133,6 +141,7 @@ fn workspace(args: &ArgMatches) -> Result<Workspace, Failure> {
         display_name: text(args, "name"),
         prefix: text(args, "prefix"),
         policy: Some(policy::policy(args)?),
+        notices: wishes::notices(args),
         ..Workspace::default()
     })
 }
@@ -143,9 +152,11 @@ pub(super) async fn create(args: &ArgMatches, session: &mut Session<'_>) -> Resu
 
 async fn make(args: &ArgMatches, workspace: Workspace, session: &mut Session<'_>) -> Result<Exit, Failure> {
     let (connection, mut client) = workspaces(args, session).await?;
-    let message = CreateWorkspaceRequest { workspace: Some(workspace) };
+    let message = CreateWorkspaceRequest { workspace: Some(workspace.clone()) };
     let answer = client.create_workspace(connection.request(message)).await?;
-    session.answer(&answer.into_inner())
+    let exit = session.answer(&answer.into_inner())?;
+    wishes::hint(session, &workspace);
+    Ok(exit)
 }
 
 pub(super) async fn list(args: &ArgMatches, session: &mut Session<'_>) -> Result<Exit, Failure> {
@@ -174,14 +185,16 @@ pub(super) async fn update(args: &ArgMatches, session: &mut Session<'_>) -> Resu
 /// The fields that were named.
 fn paths(args: &ArgMatches) -> Vec<String> {
     let named = [("display_name", "name"), ("prefix", "prefix")].into_iter().filter(|(_, flag)| args.contains_id(flag));
-    named.map(|(path, _)| path.to_owned()).chain(policy::paths(args)).collect()
+    named.map(|(path, _)| path.to_owned()).chain(policy::paths(args)).chain(wishes::paths(args)).collect()
 }
 
 async fn change(args: &ArgMatches, workspace: Workspace, paths: Vec<String>, session: &mut Session<'_>) -> Result<Exit, Failure> {
     let (connection, mut client) = workspaces(args, session).await?;
-    let message = UpdateWorkspaceRequest { workspace: Some(workspace), update_mask: Some(FieldMask { paths }) };
+    let message = UpdateWorkspaceRequest { workspace: Some(workspace.clone()), update_mask: Some(FieldMask { paths }) };
     let answer = client.update_workspace(connection.request(message)).await?;
-    session.answer(&answer.into_inner())
+    let exit = session.answer(&answer.into_inner())?;
+    wishes::hint(session, &workspace);
+    Ok(exit)
 }
 
 pub(super) async fn suspend(args: &ArgMatches, session: &mut Session<'_>) -> Result<Exit, Failure> {
@@ -273,6 +286,7 @@ mod tests {
             (&["update", "acme", "--name", "Acme"][..], &["display_name"][..]),
             (&["update", "--prefix", "acm", "--allow-never", "false"], &["prefix", "policy.allow_never"]),
             (&["update", "--default-ttl", "90d", "--etag", "e"], &["policy.default_ttl"]),
+            (&["update", "--webhook-url", "", "--allow-never", "true"], &["policy.allow_never", "notices.webhook_url"]),
         ] {
             assert_eq!(paths(&parse(arguments).expect("well formed")), expected, "{arguments:?}");
         }

@@ -1,6 +1,6 @@
-//! How workspaces look: their settings, their policy and their routes.
+//! How workspaces look: their settings, their policy, their notices and their routes.
 
-use super::{Answer, Propagation, instant, minutes, shows};
+use super::{Answer, Propagation, instant, minutes, notices, shows};
 use crate::{
     cli::{
         expiry,
@@ -70,6 +70,9 @@ fn details(workspace: &Workspace) -> String {
     if let Some(policy) = &workspace.policy {
         add_policy(&mut details, policy);
     }
+    if let Some(wishes) = &workspace.notices {
+        notices::add(&mut details, wishes);
+    }
     details.add("created", instant(workspace.create_time.as_ref())).add("changed", instant(workspace.update_time.as_ref()));
     details.add("etag", &workspace.etag).text() + &routes(workspace)
 }
@@ -108,7 +111,7 @@ fn routes(workspace: &Workspace) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::{Operation, Resource};
+    use crate::proto::{Notices, Operation, Resource};
 
     fn workspace() -> Workspace {
         let list = Operation { operation: "list".to_owned(), method: "GET".to_owned(), path: String::new() };
@@ -124,6 +127,7 @@ mod tests {
                 ..Policy::default()
             }),
             resources: vec![resource],
+            notices: Some(Notices { raise_faults: true, ..Notices::default() }),
             create_time: Some(prost_types::Timestamp { seconds: 1_000_000_000, nanos: 0 }),
             ..Workspace::default()
         }
@@ -133,7 +137,14 @@ mod tests {
     fn details_show_policy_and_routes() {
         let text = GetWorkspaceResponse { workspace: Some(workspace()) }.text();
         let (details, routes) = text.split_once("\n\n").expect("two parts");
-        for line in ["name: Agent \\u{1b}[31m", "status: Active", "usual life: 90d", "longest life: the default", "may never end: no"] {
+        for line in [
+            "name: Agent \\u{1b}[31m",
+            "status: Active",
+            "usual life: 90d",
+            "longest life: the default",
+            "may never end: no",
+            "notices: faults",
+        ] {
             let (key, value) = line.split_once(": ").expect("a line");
             let found = details.lines().any(|line| line.split_once(':').is_some_and(|(k, v)| (k, v.trim()) == (key, value)));
             assert!(found, "{line} is not in\n{details}");
