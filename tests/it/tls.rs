@@ -1,6 +1,6 @@
 //! TLS: certificates, their renewal while the server runs, and callers who come with one.
 
-use std::{fs, path::Path, time::Duration};
+use std::{fs, net::Ipv4Addr, path::Path, time::Duration};
 
 use keyward::proto::{self, Verdict, self_service_client::SelfServiceClient};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
@@ -23,10 +23,27 @@ impl Authority {
 
     /// A certificate and its key, in PEM.
     fn issue(&self, name: SanType) -> (String, String) {
-        let key = KeyPair::generate().expect("a key");
-        let mut params = CertificateParams::new(Vec::new()).expect("no names");
-        params.subject_alt_names = vec![name];
+        let (params, key) = request(vec![name]);
         (params.signed_by(&key, &self.0).expect("a certificate").pem(), key.serialize_pem())
+    }
+
+    /// What a server that Keyward calls shows: a certificate and its key, in PEM.
+    pub fn credential(&self, credential: Credential) -> (String, String) {
+        let local = || vec![SanType::DnsName("localhost".try_into().expect("a name")), SanType::IpAddress(Ipv4Addr::LOCALHOST.into())];
+        let (mut params, key) = match credential {
+            Credential::WrongName => request(vec![SanType::DnsName("elsewhere.test".try_into().expect("a name"))]),
+            Credential::Good | Credential::SelfSigned | Credential::Foreign | Credential::Expired => request(local()),
+        };
+        let certificate = match credential {
+            Credential::SelfSigned => params.self_signed(&key),
+            Credential::Foreign => params.signed_by(&key, &Self::new().0),
+            Credential::Expired => {
+                params.not_after = rcgen::date_time_ymd(2020, 1, 1);
+                params.signed_by(&key, &self.0)
+            }
+            Credential::Good | Credential::WrongName => params.signed_by(&key, &self.0),
+        };
+        (certificate.expect("a certificate").pem(), key.serialize_pem())
     }
 
     fn server(&self) -> (String, String) {
@@ -38,7 +55,8 @@ impl Authority {
         self.issue(SanType::DnsName("gateway.internal".try_into().expect("a name")))
     }
 
-    fn pem(&self) -> String {
+    /// Its own certificate, which a caller trusts.
+    pub fn pem(&self) -> String {
         self.0.pem()
     }
 
@@ -54,7 +72,29 @@ impl Authority {
     }
 }
 
-fn write(folder: &Path, (cert, key): &(String, String)) {
+/// How good a server's certificate is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Credential {
+    /// For `localhost` and 127.0.0.1.
+    Good,
+    /// For another host.
+    WrongName,
+    /// By nobody but itself.
+    SelfSigned,
+    /// By another authority.
+    Foreign,
+    /// Ended in 2020.
+    Expired,
+}
+
+/// What a certificate for these names needs.
+fn request(names: Vec<SanType>) -> (CertificateParams, KeyPair) {
+    let mut params = CertificateParams::new(Vec::new()).expect("no names");
+    params.subject_alt_names = names;
+    (params, KeyPair::generate().expect("a key"))
+}
+
+pub fn write(folder: &Path, (cert, key): &(String, String)) {
     fs::write(folder.join("cert.pem"), cert).expect("writable");
     fs::write(folder.join("key.pem"), key).expect("writable");
 }
