@@ -2,6 +2,7 @@
 //!
 //! Invariant: a password goes only through TLS, or to this very machine (tests `urls_of_mail_servers_are_read`, `a_password_needs_tls`).
 //! Invariant: the URL of the mail server is never printed (test `the_url_of_the_mail_server_is_never_printed`).
+//! Invariant: a connection whose attempt was given up carries no other mail (test `a_given_up_attempt_takes_its_connection_with_it`).
 //! Invariant: nothing that somebody else wrote makes a header (test `headers_cannot_be_injected`).
 
 use std::{
@@ -232,8 +233,7 @@ impl Mailer {
         if !self.url.user.is_empty() {
             let credentials = Credentials::new(self.url.user.clone(), self.url.password.to_string());
             let signed_in = connection.auth(&[Mechanism::Plain, Mechanism::Login], &credentials).await;
-            // What a server says of a sign-in may repeat what it was given.
-            signed_in.map_err(|error| unreachable(&format!("it does not take the user and the password{}", code(&error))))?;
+            signed_in.map_err(|error| unreachable(&sign_in_failed(&error)))?;
         }
         Ok(connection)
     }
@@ -294,6 +294,11 @@ fn said(error: &Error) -> String {
     format!("{}{}", words::cause(error), code(error))
 }
 
+/// What a server says of a sign-in may repeat what it was given: only its code is kept.
+fn sign_in_failed(error: &Error) -> String {
+    if error.status().is_some() { format!("it does not take the user and the password{}", code(error)) } else { said(error) }
+}
+
 fn code(error: &Error) -> String {
     error.status().map(|code| format!(" ({code})")).unwrap_or_default()
 }
@@ -318,7 +323,19 @@ fn answered(code: Code, text: &str) -> Outcome {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        net::SocketAddr,
+        sync::{
+            Arc,
+            atomic::{AtomicUsize, Ordering},
+        },
+    };
+
     use lettre::transport::smtp::response::{Category, Detail, Severity};
+    use tokio::{
+        io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
+        net::{TcpListener, TcpStream},
+    };
 
     use super::*;
     use crate::ambient::Time;
@@ -492,9 +509,79 @@ mod tests {
         assert_eq!(error, "the mail server answered 550: 5.1.1 no  such  user");
     }
 
+    #[test]
+    fn long_lines_are_encoded() {
+        let text = written(&Letter { text: "x".repeat(2_000), html: "<p>".repeat(1_000), ..letter("ada@example.com") });
+        assert!(text.lines().all(|line| line.len() <= 998));
+    }
+
+    /// A mail server without TLS that hangs at the end of a mail whose subject says so. It counts connections and mails.
+    async fn server() -> (SocketAddr, Arc<[AtomicUsize; 2]>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        let counts = Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)]);
+        let counted = Arc::clone(&counts);
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                counted[0].fetch_add(1, Ordering::SeqCst);
+                tokio::spawn(talk(stream, Arc::clone(&counted)));
+            }
+        });
+        (address, counts)
+    }
+
+    async fn talk(stream: TcpStream, counted: Arc<[AtomicUsize; 2]>) {
+        let (read, mut write) = stream.into_split();
+        let mut lines = BufReader::new(read).lines();
+        let (mut is_mail, mut hangs, mut answer) = (false, false, "220 ready");
+        loop {
+            if !answer.is_empty() && write.write_all(format!("{answer}\r\n").as_bytes()).await.is_err() {
+                return;
+            }
+            let Ok(Some(line)) = lines.next_line().await else { return };
+            hangs |= line.starts_with("Subject: hang");
+            answer = match line.as_str() {
+                "." if hangs => std::future::pending().await,
+                "." => {
+                    is_mail = false;
+                    counted[1].fetch_add(1, Ordering::SeqCst);
+                    "250 taken"
+                }
+                _ if is_mail => "",
+                "DATA" => {
+                    is_mail = true;
+                    "354 go on"
+                }
+                "RCPT TO:<gone@example.com>" => "550 gone",
+                "RCPT TO:<full@example.com>" => "452 full",
+                _ => "250 fine",
+            };
+        }
+    }
+
+    #[tokio::test]
+    async fn a_given_up_attempt_takes_its_connection_with_it() {
+        let (address, counts) = server().await;
+        let seen = || counts.each_ref().map(|count| count.load(Ordering::SeqCst));
+        let mailer = mailer(&format!("smtp://{address}?tls=off"));
+        let good = letter("ada@example.com");
+        assert_eq!(mailer.send(&good).await, Outcome::Delivered);
+        assert_eq!(mailer.send(&good).await, Outcome::Delivered);
+        assert_eq!(seen(), [1, 2], "one connection for two mails");
+        let hanging = mailer.send(&Letter { subject: "hang".to_owned(), ..good.clone() }).await;
+        assert!(matches!(&hanging, Outcome::Unreachable { error } if error.contains("in time")), "{hanging:?}");
+        assert_eq!(mailer.send(&good).await, Outcome::Delivered);
+        assert_eq!(seen(), [2, 3]);
+        let gone = mailer.send(&letter("gone@example.com")).await;
+        assert_eq!(gone, Outcome::Refused { error: "the mail server answered 550: gone".to_owned(), is_final: true });
+        let full = mailer.send(&letter("full@example.com")).await;
+        assert_eq!(full, Outcome::Refused { error: "the mail server answered 452: full".to_owned(), is_final: false });
+        assert_eq!(mailer.send(&good).await, Outcome::Delivered);
+    }
+
     #[tokio::test]
     async fn nobody_there_is_unreachable() {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
         let mailer = mailer(&format!("smtp://u:hunter2@{address}?tls=off"));
         let hanging = mailer.send(&letter("ada@example.com")).await;
