@@ -1,11 +1,12 @@
 //! What a notice reads like: the subject and the two bodies of a mail, and the JSON of a webhook call. Pure.
 //!
-//! Invariant: nothing that somebody else wrote is markup in a mail (test `texts_of_others_are_no_markup`).
 //! Invariant: a subject is one line of at most 120 characters (test `subjects_are_one_line_of_bounded_length`).
 
-use std::fmt::Write as _;
+mod page;
+mod payload;
 
-use serde_json::{Map, Value, json};
+use page::{Content, Row};
+pub use payload::payload;
 
 use super::words;
 use crate::{
@@ -18,7 +19,6 @@ const BRAND_CHARS_MAX: usize = 32;
 const ACTOR_CHARS_MAX: usize = 24;
 const NAME_CHARS_MIN: usize = 12;
 const ITEMS_MAX: usize = 500;
-const WIDTH: usize = 76;
 
 /// A mail, ready to be sent.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -53,27 +53,6 @@ pub fn letter(notice: &Notice, brand: &Brand, now: Time) -> Letter {
         subject,
         time: now,
     }
-}
-
-/// What a mail says, before it is text or HTML.
-struct Content {
-    headline: String,
-    /// What there is to know of the only token.
-    facts: Vec<(&'static str, String)>,
-    /// One row for each of several tokens.
-    rows: Vec<Row>,
-    /// How many more there are than rows.
-    unlisted: usize,
-    advice: Vec<String>,
-    link: Option<String>,
-    footer: String,
-}
-
-struct Row {
-    token: String,
-    owner: String,
-    end: String,
-    last_use: String,
 }
 
 fn content(notice: &Notice, brand: &Brand, now: Time) -> Content {
@@ -233,10 +212,8 @@ fn rows(items: &[Item], now: Time) -> Vec<Row> {
 fn advice(notice: &Notice, brand: &Brand, has_link: bool) -> Vec<String> {
     let workspace = &brand.display_name;
     let (works, it) = if notice.items.len() > 1 { ("They work", "them") } else { ("It works", "it") };
-    let renew = |what: &str| match has_link {
-        true => "Get a new token here:".to_owned(),
-        false => format!("Ask an administrator of {workspace} for {what}."),
-    };
+    let ask = |what: &str| format!("Ask an administrator of {workspace} for {what}.");
+    let renew = |what: &str| if has_link { "Get a new token here:".to_owned() } else { ask(what) };
     match notice.event {
         Event::Test => Vec::new(),
         Event::Expiring => vec![
@@ -259,145 +236,11 @@ fn footer(notice: &Notice, brand: &Brand) -> String {
     }
 }
 
-impl Content {
-    fn text(&self) -> String {
-        let mut text = String::new();
-        paragraph(&mut text, &self.headline, "");
-        text.push('\n');
-        let width = self.facts.iter().map(|(label, _)| label.len()).max().unwrap_or(0) + 1;
-        for (label, value) in &self.facts {
-            let _never_fails = writeln!(text, "{:width$}  {}", format!("{label}:"), one_line(value));
-        }
-        for row in &self.rows {
-            let line = format!("- {}, of {}: ends {}, last used {}", row.token, row.owner, row.end, row.last_use);
-            paragraph(&mut text, &line.replace("ends never", "never ends"), "  ");
-        }
-        if self.unlisted > 0 {
-            let _never_fails = writeln!(text, "- and {} more", self.unlisted);
-        }
-        if !(self.facts.is_empty() && self.rows.is_empty()) {
-            text.push('\n');
-        }
-        for line in &self.advice {
-            paragraph(&mut text, line, "");
-        }
-        text.extend(self.link.iter().map(|link| format!("{link}\n")));
-        if !self.advice.is_empty() {
-            text.push('\n');
-        }
-        text.push_str("-- \n");
-        paragraph(&mut text, &self.footer, "");
-        text
-    }
-
-    fn html(&self, title: &str) -> String {
-        let paragraph = |text: &str| format!("<p>{}</p>\n", words::escaped(text));
-        let mut html = format!(
-            "<!DOCTYPE html>\n<html lang=\"en\">\n<head><meta charset=\"utf-8\"><title>{}</title></head>\n<body>\n",
-            words::escaped(title)
-        );
-        html.push_str(&paragraph(&self.headline));
-        html.push_str(&self.html_facts());
-        html.push_str(&self.html_rows());
-        self.advice.iter().for_each(|line| html.push_str(&paragraph(line)));
-        if let Some(link) = &self.link {
-            let link = words::escaped(link);
-            let _never_fails = writeln!(html, "<p><a href=\"{link}\" rel=\"noreferrer\">{link}</a></p>");
-        }
-        let _never_fails = write!(html, "<hr>\n<p><small>{}</small></p>\n</body>\n</html>\n", words::escaped(&self.footer));
-        html
-    }
-
-    fn html_facts(&self) -> String {
-        let row = |(label, value): &(&str, String)| format!("<tr><th align=\"left\">{label}</th><td>{}</td></tr>\n", isolated(value));
-        table(&self.facts.iter().map(row).collect::<String>())
-    }
-
-    fn html_rows(&self) -> String {
-        if self.rows.is_empty() {
-            return String::new();
-        }
-        let mut rows = String::from("<tr><th align=\"left\">Token</th><th align=\"left\">Owner</th>");
-        rows.push_str("<th align=\"left\">Ends</th><th align=\"left\">Last used</th></tr>\n");
-        for row in &self.rows {
-            let cells = [&row.token, &row.owner, &row.end, &row.last_use].map(|cell| format!("<td>{}</td>", isolated(cell)));
-            let _never_fails = writeln!(rows, "<tr>{}</tr>", cells.concat());
-        }
-        if self.unlisted > 0 {
-            let _never_fails = writeln!(rows, "<tr><td colspan=\"4\">and {} more</td></tr>", self.unlisted);
-        }
-        table(&rows)
-    }
-}
-
-fn table(rows: &str) -> String {
-    if rows.is_empty() { String::new() } else { format!("<table border=\"1\" cellpadding=\"5\" cellspacing=\"0\">\n{rows}</table>\n") }
-}
-
-/// Text in HTML whose direction of writing does not spill over.
-fn isolated(text: &str) -> String {
-    format!("<bdi>{}</bdi>", words::escaped(text))
-}
-
-fn one_line(text: &str) -> String {
-    text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
-}
-
-/// Adds a paragraph, broken at blanks; `indent` stands before every line but the first.
-fn paragraph(text: &mut String, line: &str, indent: &str) {
-    let mut width = 0;
-    for word in one_line(line).split_whitespace() {
-        let length = word.chars().count();
-        if width > 0 && width + 1 + length > WIDTH {
-            text.push('\n');
-            text.push_str(indent);
-            width = indent.len();
-        } else if width > 0 {
-            text.push(' ');
-            width += 1;
-        }
-        text.push_str(word);
-        width += length;
-    }
-    text.push('\n');
-}
-
-/// The JSON text of a webhook call. It says nothing of the attempt, so that it is the same at each.
-#[must_use]
-pub fn payload(notice: &Notice, brand: &Brand) -> String {
-    let mut data = Map::new();
-    let mut put = |name: &str, value: Value| data.insert(name.to_owned(), value);
-    put("workspace", notice.workspace.as_str().into());
-    put("workspace_display_name", brand.display_name.as_str().into());
-    put("renew_url", brand.renew_url.as_str().into());
-    if let Some(item) = notice.items.first() {
-        put("token", token(item));
-        put("actor", notice.actor.as_str().into());
-        put("reason", notice.reason.as_str().into());
-        if let Some(days) = item.days_before {
-            put("days_before", days.into());
-        }
-    }
-    json!({ "id": notice.id, "type": notice.event.name(), "timestamp": notice.create_time.to_string(), "data": data }).to_string()
-}
-
-fn token(item: &Item) -> Value {
-    json!({
-        "id": item.token_id.to_string(),
-        "display_name": item.display_name,
-        "hint": item.hint,
-        "principal": item.principal,
-        "principal_display_name": item.principal_name,
-        "audiences": item.audiences,
-        "create_time": item.create_time.to_string(),
-        "expire_time": (item.expire_time != Time::NEVER).then(|| item.expire_time.to_string()),
-        "last_used_time": item.last_used_time.map(|time| time.to_string()),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
+
+    use serde_json::{Value, json};
 
     use super::*;
     use crate::{notice::Channel, token::TokenId};
@@ -564,7 +407,7 @@ those whose tokens they are.
                 at(text, "gone") < at(text, "sooner") && at(text, "sooner") < at(text, "later") && at(text, "later") < at(text, "never")
             );
         }
-        assert!(letter.text.lines().all(|line| line.chars().count() <= WIDTH), "{}", letter.text);
+        assert!(letter.text.lines().all(|line| line.chars().count() <= page::WIDTH), "{}", letter.text);
         assert!(letter.text.contains("They work until then. Whatever still uses them"), "{}", letter.text);
         let many = notice(Event::Expired, (0..501).map(|index| item(&format!("t{index}"), NOW - DAY)).collect());
         let letter = super::letter(&many, &brand(), NOW);

@@ -16,7 +16,7 @@ const fn v6(a: u16, b: u16, prefix: u8) -> IpNet {
 }
 
 /// What the registries of special-purpose addresses at IANA (RFC 6890) call not globally reachable, and what leads to such an address in
-/// disguise. Of IPv6 everything counts that lies outside of 2000::/3, which is all that is given out of it.
+/// disguise. Of IPv6 everything counts that lies outside of `2000::/3`, which is all that is given out of it.
 const SPECIAL: [IpNet; 22] = [
     v4(0, 0, 0, 8),        // This host, this network.
     v4(10, 0, 0, 8),       // Private.
