@@ -39,9 +39,11 @@ pub struct Letter {
     pub time: Time,
 }
 
-/// Writes a mail.
+/// Writes a mail. What was to be told before an end, and is told after it, is told as what it has become.
 #[must_use]
 pub fn letter(notice: &Notice, brand: &Brand, now: Time) -> Letter {
+    let is_late = notice.event == Event::Expiring && notice.items.iter().all(|item| item.expire_time <= now);
+    let notice = &Notice { event: if is_late { Event::Expired } else { notice.event }, ..notice.clone() };
     let content = content(notice, brand, now);
     let subject = subject(notice, brand, now);
     Letter {
@@ -78,13 +80,12 @@ fn is_link(url: &str) -> bool {
     url.starts_with("https://") && !url.chars().any(|letter| letter.is_whitespace() || letter.is_control())
 }
 
-/// `in 7 days` and so on, as a sentence about this token's end.
+/// When this token ends, after its name.
 fn ending(item: &Item, now: Time) -> String {
-    match item.expire_time {
-        Time::NEVER => "never ends".to_owned(),
-        end if end > now => format!("ends {}, on {}", words::span(end, now), words::date(end)),
-        end => format!("expired {}, on {}", words::span(end, now), words::date(end)),
+    if item.expire_time == Time::NEVER {
+        return "never ends".to_owned();
     }
+    format!("ends {}, on {}", words::span(item.expire_time, now), words::date(item.expire_time))
 }
 
 /// What happened, after the name of one token.
@@ -203,6 +204,7 @@ fn rows(items: &[Item], now: Time) -> Vec<Row> {
     let row = |item: &Item| Row {
         token: format!("{} ({}…)", item.display_name, item.hint),
         owner: owner(item),
+        ends: if item.expire_time <= now { "expired" } else { "ends" },
         end: words::instant(item.expire_time, now),
         last_use: last_use(item, now),
     };
@@ -308,7 +310,7 @@ mod tests {
         }
         assert_eq!(subject_of(&notice(Event::Test, Vec::new())), "Acme: a test from Keyward");
         let late = notice(Event::Expiring, vec![item("deploy", NOW - 2 * DAY)]);
-        assert_eq!(subject_of(&late), "Acme: the token \"deploy\" (acme_ab1…) expired 2 days ago, on 2027-01-13");
+        assert_eq!(subject_of(&late), "Acme: the token \"deploy\" (acme_ab1…) has expired");
         let nobody = notice(Event::Revoked, vec![item("deploy", Time::NEVER)]);
         assert_eq!(subject_of(&nobody), "Acme: the token \"deploy\" (acme_ab1…) was revoked");
     }
@@ -409,6 +411,9 @@ those whose tokens they are.
         }
         assert!(letter.text.lines().all(|line| line.chars().count() <= page::WIDTH), "{}", letter.text);
         assert!(letter.text.contains("They work until then. Whatever still uses them"), "{}", letter.text);
+        assert!(letter.text.contains("- gone (acme_ab1…), of Bob (bob): expired 2027-01-14 "), "{}", letter.text);
+        let late = super::letter(&notice(Event::Expiring, vec![item("a", NOW - DAY), item("b", NOW)]), &brand(), NOW);
+        assert!(late.subject == "Acme: 2 tokens have expired" && late.text.contains("They work no more"), "{}", late.text);
         let many = notice(Event::Expired, (0..501).map(|index| item(&format!("t{index}"), NOW - DAY)).collect());
         let letter = super::letter(&many, &brand(), NOW);
         assert_eq!(letter.html.matches("<bdi>t").count(), 500);

@@ -27,6 +27,8 @@ pub(super) struct Content {
 pub(super) struct Row {
     pub(super) token: String,
     pub(super) owner: String,
+    /// `ends` or `expired`.
+    pub(super) ends: &'static str,
     pub(super) end: String,
     pub(super) last_use: String,
 }
@@ -42,8 +44,8 @@ impl Content {
             let _never_fails = writeln!(text, "{:width$}  {}", format!("{label}:"), one_line(value));
         }
         for row in &self.rows {
-            let line = format!("- {}, of {}: ends {}, last used {}", row.token, row.owner, row.end, row.last_use);
-            paragraph(&mut text, &line.replace("ends never", "never ends"), "  ");
+            let line = format!("- {}, of {}: {} {}, last used {}", row.token, row.owner, row.ends, row.end, row.last_use);
+            paragraph(&mut text, &line, "  ");
         }
         if self.unlisted > 0 {
             let _never_fails = writeln!(text, "- and {} more", self.unlisted);
