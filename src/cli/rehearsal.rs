@@ -1,5 +1,7 @@
 //! Commands of several calls against a server that only writes down what it is asked.
 
+mod notices;
+
 use std::sync::{Arc, Mutex};
 
 use tonic::{Request, Response, Status, metadata::MetadataMap};
@@ -7,6 +9,7 @@ use tonic::{Request, Response, Status, metadata::MetadataMap};
 use super::{failure::Exit, tests::run_client};
 use crate::proto::{
     self, Policy, Principal, PrincipalKind, Resource, Role, Workspace,
+    notice_service_server::NoticeServiceServer,
     principal_service_server::{PrincipalService, PrincipalServiceServer},
     self_service_server::{SelfService, SelfServiceServer},
     workspace_service_server::{WorkspaceService, WorkspaceServiceServer},
@@ -27,6 +30,8 @@ struct Notes {
     creations: Vec<Workspace>,
     reports: Vec<(bool, usize)>,
     own: Vec<&'static str>,
+    fault_lists: Vec<proto::ListFaultsRequest>,
+    notice_lists: Vec<proto::ListNoticesRequest>,
 }
 
 impl Stage {
@@ -162,6 +167,7 @@ fn open(stage: &Stage) -> String {
             tonic::transport::Server::builder()
                 .add_service(PrincipalServiceServer::new(stage.clone()))
                 .add_service(WorkspaceServiceServer::new(stage.clone()))
+                .add_service(NoticeServiceServer::new(stage.clone()))
                 .add_service(SelfServiceServer::new(stage))
                 .serve_with_incoming(incoming)
                 .await
