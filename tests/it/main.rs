@@ -26,6 +26,7 @@ mod clients;
 mod contract;
 mod crash;
 mod domain;
+mod equipment;
 mod equivalence;
 mod keeping;
 mod limits;

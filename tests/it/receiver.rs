@@ -176,6 +176,11 @@ impl Receiver {
         self.until(&format!("{count} calls under way"), deadline, |state| state.under_way == count).await;
     }
 
+    /// Waits until so many TLS handshakes have failed.
+    pub async fn wait_refused_handshakes(&self, count: usize, deadline: Duration) {
+        self.until(&format!("{count} failed handshakes"), deadline, |state| state.refused_handshakes >= count).await;
+    }
+
     async fn until(&self, what: &str, deadline: Duration, holds: impl Fn(&State) -> bool) {
         let mut state = self.shared.state.subscribe();
         let outcome = tokio::time::timeout(deadline, state.wait_for(|state| holds(state))).await;
