@@ -220,8 +220,8 @@ mod tests {
     use super::*;
     use crate::{cli::answer::json, proto::TestDelivery};
 
-    fn time(seconds: i64) -> Option<prost_types::Timestamp> {
-        Some(prost_types::Timestamp { seconds, nanos: 0 })
+    fn time(seconds: i64) -> prost_types::Timestamp {
+        prost_types::Timestamp { seconds, nanos: 0 }
     }
 
     fn fault() -> Fault {
@@ -232,8 +232,8 @@ mod tests {
             hint: "prod_abc".to_owned(),
             principal: "ann".to_owned(),
             days_before: 7,
-            expire_time: time(1_000_604_800),
-            raise_time: time(1_000_000_000),
+            expire_time: Some(time(1_000_604_800)),
+            raise_time: Some(time(1_000_000_000)),
             ..Fault::default()
         }
     }
@@ -247,7 +247,7 @@ mod tests {
         let text = ListFaultsResponse { faults: vec![fault()], next_page_token: String::new() }.text();
         let expected = ["ci\\u{1b}[31m", "prod_abc", "ann", "ends 2001-09-16T01:46Z", "7", "2001-09-09T01:46Z", "nobody", "tok_1", "flt_1"];
         assert_eq!(cells(&text), expected);
-        let past = Fault { days_before: 0, acknowledge_time: time(1_000_700_000), acknowledged_by: "bob".to_owned(), ..fault() };
+        let past = Fault { days_before: 0, acknowledge_time: Some(time(1_000_700_000)), acknowledged_by: "bob".to_owned(), ..fault() };
         let text = AcknowledgeFaultResponse { fault: Some(past), propagation: None }.text();
         assert_eq!(cells(&text)[3..7], ["expired 2001-09-16T01:46Z", "expired", "2001-09-09T01:46Z", "bob"]);
         assert_eq!(ListFaultsResponse::default().text(), "");
@@ -262,7 +262,7 @@ mod tests {
             recipient: "ann@example.org".to_owned(),
             token_count: 3,
             state: NoticeState::Dead.into(),
-            create_time: time(1_000_000_000),
+            create_time: Some(time(1_000_000_000)),
             attempt_count: 9,
             last_error: "550 no\u{7f}".to_owned(),
             ..Notice::default()
