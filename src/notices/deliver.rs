@@ -207,29 +207,29 @@ impl Notices {
         Ok(told.into_iter().map(|(id, end, days)| (id, (end, days))).collect())
     }
 
-    /// What calls of a workspace's webhook are signed with: the present secret, and the one before it as long as it counts.
+    /// What calls of a workspace's webhook are signed with: the present secret, and those before it as long as they count.
     pub(super) async fn secrets(&self, workspace: &str, now: Time) -> Result<Vec<WebhookSecret>> {
-        let sealed = match self.store.webhook_secrets(workspace).await? {
-            Some(sealed) => sealed,
-            None => self.first_secret(workspace, now).await?,
-        };
-        let previous = sealed.1.filter(|(_, end)| *end > now).map(|(sealed, _)| sealed);
+        let sealed = self.store.webhook_secrets(workspace, now).await?;
+        if sealed.is_empty() {
+            return Ok(vec![self.first_secret(workspace, now).await?]);
+        }
         let open =
             |sealed: Vec<u8>| self.keyring.open(&secret_purpose(workspace), &sealed).and_then(|bytes| WebhookSecret::from_bytes(&bytes));
-        let secrets: Vec<WebhookSecret> = std::iter::once(sealed.0).chain(previous).filter_map(open).collect();
+        let secrets: Vec<WebhookSecret> = sealed.into_iter().filter_map(open).collect();
         if secrets.is_empty() {
             return Err(Error::Internal(format!("the webhook secret of {workspace} was sealed with a key that is gone: rotate it").into()));
         }
         Ok(secrets)
     }
 
-    async fn first_secret(&self, workspace: &str, now: Time) -> Result<crate::store::SealedSecrets> {
-        let sealed = self.keyring.seal(&secret_purpose(workspace), WebhookSecret::generate()?.as_bytes())?;
+    /// If two servers make one at once, both sign until the next rotation.
+    async fn first_secret(&self, workspace: &str, now: Time) -> Result<WebhookSecret> {
+        let secret = WebhookSecret::generate()?;
+        let sealed = self.keyring.seal(&secret_purpose(workspace), secret.as_bytes())?;
         let tx = self.store.begin_unnumbered().await?;
-        tx.insert_webhook_secret(workspace, &sealed).await?;
-        let kept = tx.webhook_secrets(workspace).await?;
+        tx.insert_webhook_secret(&token::notice_id(now)?, workspace, &sealed).await?;
         tx.commit(now).await?;
-        kept.ok_or_else(|| Error::Internal("a webhook secret was not kept".into()))
+        Ok(secret)
     }
 }
 

@@ -16,10 +16,10 @@ use crate::{
     workspace::Brief,
 };
 
-/// How long the secret before the present one signs as well.
+/// How long the secrets before the present one sign as well.
 const PREVIOUS_LIFETIME: Duration = Duration::from_hours(24);
-/// How long a test waits for each receiver: less than a call of ours may take.
-const TEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a test waits for each receiver: less than callers wait.
+const TEST_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Which faults, how many, from where on, as it was asked for.
 #[derive(Clone, Debug, Default)]
@@ -142,15 +142,12 @@ impl Notices {
         let sealed = self.keyring.seal(&secret_purpose(workspace), secret.as_bytes())?;
         let tx = self.begin(caller, now).await?;
         tx.brief(workspace).await?.ok_or(Error::NotFound("workspace"))?;
-        let previous_expire_time = if tx.insert_webhook_secret(workspace, &sealed).await? {
-            None
-        } else {
-            tx.replace_webhook_secret(workspace, &sealed, now + PREVIOUS_LIFETIME).await?;
-            Some(now + PREVIOUS_LIFETIME)
-        };
+        let end = now + PREVIOUS_LIFETIME;
+        let has_previous = tx.retire_webhook_secrets(workspace, end, now).await? > 0;
+        tx.insert_webhook_secret(&token::notice_id(now)?, workspace, &sealed).await?;
         tx.audit([event("RotateWebhookSecret", caller, workspace, now)]).await?;
         tx.commit(now).await?;
-        Ok((secret, previous_expire_time))
+        Ok((secret, has_previous.then_some(end)))
     }
 
     /// Sends a test to each address and to the webhook, and says what became of each.

@@ -68,12 +68,6 @@ impl Reach {
         let address = address.to_canonical();
         self.allowed.iter().any(|range| range.contains(&address))
     }
-
-    /// Whether the setting names anything at all: otherwise URLs with http are refused when they are set.
-    #[must_use]
-    pub fn allows_http(&self) -> bool {
-        !self.allowed.is_empty()
-    }
 }
 
 #[cfg(test)]
@@ -207,7 +201,6 @@ mod tests {
             assert!(!reach.may_reach(address(text)), "{text}");
         }
         assert!(reach.may_reach(address("8.8.8.8")) && !reach.is_inside(address("8.8.8.8")));
-        assert!(reach.allows_http() && !Reach::new(Vec::new()).allows_http());
     }
 
     #[test]

@@ -291,9 +291,10 @@ CREATE INDEX notice_by_workspace ON notice (workspace, id);
 
 -- What calls of a workspace's webhook are signed with, sealed with the keyring.
 CREATE TABLE webhook_secret (
-    workspace {text} PRIMARY KEY,
+    id {text} PRIMARY KEY,
+    workspace {text} NOT NULL,
     sealed {bytes} NOT NULL,
-    previous {bytes},
-    previous_expire_time BIGINT
+    expire_time BIGINT NOT NULL
 );
+CREATE INDEX webhook_secret_by_workspace ON webhook_secret (workspace, id);
 ";

@@ -26,6 +26,8 @@ use crate::{
 const NEAR_MAX: u64 = 20_000;
 /// Rows of one statement: below the databases' limits on parameters.
 const ROWS_MAX: usize = 500;
+/// Secrets of a webhook that sign at once.
+const SECRETS_MAX: u32 = 5;
 /// A fault is true as long as this holds.
 const TRUE_FAULT: &str = "t.id = f.token_id AND t.expire_time = f.expire_time AND t.delete_time IS NULL AND t.state <> 3";
 
@@ -116,9 +118,6 @@ pub struct FaultCounts {
     pub expired: i64,
     pub expired_acknowledged: i64,
 }
-
-/// The sealed secrets of a webhook: the present one, and the one before it with its end.
-pub type SealedSecrets = (Vec<u8>, Option<(Vec<u8>, Time)>);
 
 impl Store {
     /// The workspaces that want to be told something.
@@ -280,14 +279,16 @@ impl Store {
         self.writing("notices_settle", async { self.writer.execute_raw(statement).await.map(|done| done.rows_affected()) }).await
     }
 
-    /// The sealed secrets of a workspace's webhook; nothing if it has none yet.
+    /// The sealed secrets of a workspace's webhook that are in force, the latest first.
     ///
     /// # Errors
     /// `Unavailable`, `Overloaded`.
-    pub async fn webhook_secrets(&self, workspace: &str) -> Result<Option<SealedSecrets>> {
-        let statement = Statement::from_sql_and_values(self.backend(), SECRETS, [workspace.into()]);
-        let row = self.reading("notices", self.reader.query_one_raw(statement)).await?;
-        row.as_ref().map(secrets_of).transpose()
+    pub async fn webhook_secrets(&self, workspace: &str, now: Time) -> Result<Vec<Vec<u8>>> {
+        let sql =
+            format!("SELECT sealed FROM webhook_secret WHERE workspace = $1 AND expire_time > $2 ORDER BY id DESC LIMIT {SECRETS_MAX}");
+        let statement = Statement::from_sql_and_values(self.backend(), sql, [workspace.into(), now.micros().into()]);
+        let rows = self.reading("notices", self.reader.query_all_raw(statement)).await?;
+        rows.iter().map(|row| row.try_get_by_index(0).map_err(translate)).collect()
     }
 
     /// A page of faults, the latest first, those after the given one if there is one.
@@ -401,8 +402,6 @@ impl Store {
         self.writing("purge", async { self.writer.execute_raw(statement).await.map(|done| done.rows_affected()) }).await
     }
 }
-
-const SECRETS: &str = "SELECT sealed, previous, previous_expire_time FROM webhook_secret WHERE workspace = $1";
 
 const FAULTS: &str = "SELECT f.id, f.workspace, f.token_id, t.display_name, t.hint, t.principal, f.days_before, f.expire_time, f.raise_time, \
                       f.acknowledge_time, f.acknowledged_by FROM fault f JOIN token t ON t.id = f.token_id AND t.expire_time = f.expire_time \
@@ -596,32 +595,24 @@ impl Tx<'_> {
         self.execute(sql, vec![give_up_time.micros().into(), now.micros().into(), id.into()]).await.map(drop)
     }
 
-    /// As [`Store::webhook_secrets`]. Nobody else changes them until this transaction ends.
+    /// Lets the secrets of a workspace's webhook end at this instant, if they do not end sooner; says how many that were. Forgets those that have ended.
     ///
     /// # Errors
     /// `Unavailable`.
-    pub async fn webhook_secrets(&self, workspace: &str) -> Result<Option<SealedSecrets>> {
-        let lock = if self.store().backend() == DbBackend::Postgres { " FOR UPDATE" } else { "" };
-        let row = self.query_one(&format!("{SECRETS}{lock}"), vec![workspace.into()]).await?;
-        row.as_ref().map(secrets_of).transpose()
+    pub async fn retire_webhook_secrets(&self, workspace: &str, end: Time, now: Time) -> Result<u64> {
+        let gone = "DELETE FROM webhook_secret WHERE workspace = $1 AND expire_time <= $2";
+        self.execute(gone, vec![workspace.into(), now.micros().into()]).await?;
+        let sql = "UPDATE webhook_secret SET expire_time = $1 WHERE workspace = $2 AND expire_time > $1";
+        self.execute(sql, vec![end.micros().into(), workspace.into()]).await
     }
 
-    /// Keeps the first secret of a workspace's webhook; says whether there was none.
+    /// Keeps a new secret of a workspace's webhook.
     ///
     /// # Errors
     /// `Unavailable`.
-    pub async fn insert_webhook_secret(&self, workspace: &str, sealed: &[u8]) -> Result<bool> {
-        let sql = "INSERT INTO webhook_secret (workspace, sealed) VALUES ($1, $2) ON CONFLICT (workspace) DO NOTHING";
-        self.execute(sql, vec![workspace.into(), sealed.to_vec().into()]).await.map(|rows| rows == 1)
-    }
-
-    /// Keeps a new secret of a workspace's webhook, and the one before it until its end.
-    ///
-    /// # Errors
-    /// `Unavailable`.
-    pub async fn replace_webhook_secret(&self, workspace: &str, sealed: &[u8], previous_expire_time: Time) -> Result<()> {
-        let sql = "UPDATE webhook_secret SET previous = sealed, previous_expire_time = $1, sealed = $2 WHERE workspace = $3";
-        let values = vec![previous_expire_time.micros().into(), sealed.to_vec().into(), workspace.into()];
+    pub async fn insert_webhook_secret(&self, id: &str, workspace: &str, sealed: &[u8]) -> Result<()> {
+        let sql = "INSERT INTO webhook_secret (id, workspace, sealed, expire_time) VALUES ($1, $2, $3, $4)";
+        let values = vec![id.into(), workspace.into(), sealed.to_vec().into(), Time::NEVER.micros().into()];
         self.execute(sql, values).await.map(drop)
     }
 }
@@ -660,13 +651,6 @@ fn channel_number(channel: Channel) -> i16 {
 
 fn channel_of(number: i16) -> Result<Channel> {
     Channel::ALL.into_iter().find(|channel| channel_number(*channel) == number).ok_or_else(|| damaged("notice.channel"))
-}
-
-fn secrets_of(row: &QueryResult) -> Result<SealedSecrets> {
-    let previous: Option<Vec<u8>> = row.try_get_by_index(1).map_err(translate)?;
-    let expire_time: Option<i64> = row.try_get_by_index(2).map_err(translate)?;
-    let previous = previous.zip(expire_time.map(Time::from_micros));
-    Ok((row.try_get_by_index(0).map_err(translate)?, previous))
 }
 
 fn fault_of(row: &QueryResult) -> Result<FaultRecord> {

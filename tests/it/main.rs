@@ -31,6 +31,7 @@ mod equivalence;
 mod keeping;
 mod limits;
 mod mailbox;
+mod notices;
 mod people;
 mod plans;
 mod process;

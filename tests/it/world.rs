@@ -19,8 +19,8 @@ use keyward::{
     api::gate::Limits,
     config::{Config, Sources},
     proto::{
-        self, audit_service_client::AuditServiceClient, principal_service_client::PrincipalServiceClient,
-        self_service_client::SelfServiceClient, token_service_client::TokenServiceClient,
+        self, audit_service_client::AuditServiceClient, notice_service_client::NoticeServiceClient,
+        principal_service_client::PrincipalServiceClient, self_service_client::SelfServiceClient, token_service_client::TokenServiceClient,
         validation_service_client::ValidationServiceClient, workspace_service_client::WorkspaceServiceClient,
     },
     server::Server,
@@ -378,6 +378,10 @@ impl Actor {
 
     pub fn principals(&self) -> PrincipalServiceClient<Channel> {
         PrincipalServiceClient::new(self.channel.clone())
+    }
+
+    pub fn notices(&self) -> NoticeServiceClient<Channel> {
+        NoticeServiceClient::new(self.channel.clone())
     }
 
     pub fn audit(&self) -> AuditServiceClient<Channel> {
