@@ -9,6 +9,7 @@ use tonic::Code;
 
 use crate::{
     acts::{fields, refusal, wire_days},
+    notices::{alert, ending, faults, mailbox, wish},
     world::{Actor, BEGINNING, Backend, World, eventually, keyward, new_token},
 };
 
@@ -22,6 +23,8 @@ crate::on_both_databases!(
     row_05_tokens_carry_the_brand_of_their_workspace,
     row_06_anybody_gets_a_temporary_token_that_ends_with_its_login_session,
     row_07_administrators_alone_create_permanent_tokens_for_one_user_and_a_year_at_most,
+    row_08_a_fault_appears_so_many_days_before_a_token_ends,
+    row_09_addresses_separated_by_semicolons_get_a_mail_before_a_token_ends,
     row_10_a_token_belongs_to_one_product_and_may_end_at_a_date_and_time,
     row_11_a_token_is_shown_with_name_prefix_dates_usage_and_status,
     row_12_the_prefix_can_be_copied_and_a_token_regenerated_switched_and_revoked,
@@ -269,6 +272,53 @@ async fn row_07_administrators_alone_create_permanent_tokens_for_one_user_and_a_
     assert_eq!(fields(admin.create(of("alice", 366)).await), ["ttl"]);
     assert_eq!(fields(admin.create(of("alice", 0)).await), ["never"]);
     admin.create(of("alice", 1)).await.expect("a new one can always be made");
+}
+
+async fn row_08_a_fault_appears_so_many_days_before_a_token_ends(world: World) {
+    let world = alert(world, &[]).await;
+    wish(&world, proto::Notices { raise_faults: true, days_before: vec![10], ..Default::default() }).await;
+    let admin = world.admin().await;
+    let token = ending(&admin, &world, "nightly import", 11 * DAY).await;
+    assert!(faults(&admin).await.is_empty());
+    world.advance(DAY);
+    let [fault]: [proto::Fault; 1] =
+        eventually("a fault", async || Some(faults(&admin).await).filter(|faults| !faults.is_empty())).await.try_into().expect("one");
+    assert_eq!((fault.token_id, fault.days_before, fault.expire_time), (token.id.clone(), 10, token.expire_time));
+    let mut command: Command = keyward();
+    command.args(["faults", "--address", &format!("http://{}", world.server().address())]).env("KEYWARD_TOKEN", world.root_token());
+    let shown = tokio::task::spawn_blocking(move || command.output()).await.expect("ran").expect("ran").stdout;
+    let shown = String::from_utf8_lossy(&shown);
+    assert!(shown.contains("nightly import") && shown.contains(&fault.id), "{shown}");
+    admin.update(proto::Token { expire_time: at(41 * DAY), etag: String::new(), ..token }, &["expire_time"]).await.expect("prolonged");
+    assert!(faults(&admin).await.is_empty(), "it clears by itself");
+}
+
+async fn row_09_addresses_separated_by_semicolons_get_a_mail_before_a_token_ends(world: World) {
+    let Some((mailbox, settings)) = mailbox() else { return };
+    let settings: Vec<(&str, &str)> = settings.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let world = alert(world, &settings).await;
+    let root = world.root().await;
+    let wishes = |emails: &str| proto::Workspace {
+        id: "default".to_owned(),
+        notices: Some(proto::Notices { emails: emails.to_owned(), days_before: vec![10], ..Default::default() }),
+        ..Default::default()
+    };
+    let refused = root.update_workspace(wishes("ops@example.test; nobody"), &["notices"]).await;
+    assert!(refused.as_ref().is_err_and(|status| status.message().contains("nobody")), "the bad address is named: {refused:?}");
+    assert_eq!(fields(refused), ["workspace.notices.emails"]);
+    let kept = root.update_workspace(wishes(" ops@example.test;oncall@example.test ; "), &["notices"]).await.expect("changed");
+    assert_eq!(kept.notices.expect("there").emails, "ops@example.test; oncall@example.test");
+    let token = ending(&root, &world, "nightly import", 11 * DAY).await;
+    world.advance(DAY);
+    let mails = mailbox.wait_for(2, Duration::from_secs(20)).await;
+    assert_eq!(mails.iter().flat_map(|mail| &mail.to).collect::<BTreeSet<_>>().len(), 2);
+    for mail in &mails {
+        let (text, html) = (mail.text.as_deref().expect("text"), mail.html.as_deref().expect("HTML"));
+        for part in [text, html] {
+            assert!(part.contains("nightly import") && part.contains(&token.hint) && part.contains("2027-01-26"), "{part}");
+        }
+        assert!(mail.subject.contains("nightly import") && mail.subject.contains("10 days"), "{}", mail.subject);
+    }
 }
 
 async fn row_10_a_token_belongs_to_one_product_and_may_end_at_a_date_and_time(world: World) {
