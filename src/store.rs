@@ -120,8 +120,16 @@ pub struct Store {
 }
 
 enum Exclusive {
-    Folder { _lock: File },
-    Session { url: String, name: String, connection: tokio::sync::Mutex<sqlx::PgConnection> },
+    Folder {
+        _lock: File,
+    },
+    Session {
+        url: String,
+        name: String,
+        connection: tokio::sync::Mutex<sqlx::PgConnection>,
+    },
+    /// Nothing: a server may use the database, and others as we do.
+    Beside,
 }
 
 /// Whether the database is ours alone.
@@ -160,6 +168,18 @@ impl Store {
         Ok(store)
     }
 
+    /// Opens the database beside a server that uses it, and beside others that do as we do, for work on which no verdict hangs: telling notices. What a server knows
+    /// of tokens would go out of date unseen, so that changes of tokens that exist are refused here. PostgreSQL alone: the embedded database serves one process.
+    ///
+    /// # Errors
+    /// A sentence for the operator: what is wrong and what to do.
+    pub async fn open_beside(url: &DatabaseUrl, observer: Observer) -> std::result::Result<Self, String> {
+        let DatabaseUrl::Postgres(url) = url else { return Err("the embedded database serves one process: use PostgreSQL".to_owned()) };
+        let store = Self::with_pool(connect_pool(url).await?, Exclusive::Beside, observer);
+        store.settle_schema(false).await?;
+        Ok(store)
+    }
+
     async fn open_sqlite(path: &Path, observer: Observer) -> std::result::Result<Self, String> {
         let lock = lock_folder(path)?;
         // SQLite gives the files beside it the mode of the database.
@@ -187,30 +207,20 @@ impl Store {
     }
 
     async fn open_postgres(url: &str, observer: Observer) -> std::result::Result<Self, String> {
-        let failed = |error: DbErr| format!("PostgreSQL (database_url) does not take our connection: {}", cause(&error));
-        let mut options = ConnectOptions::new(url);
-        options
-            .max_connections(POSTGRES_CONNECTIONS)
-            .min_connections(2)
-            .connect_timeout(ACQUIRE_TIMEOUT)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            .idle_timeout(None)
-            .test_before_acquire_if_idle_for(Duration::from_secs(5))
-            .statement_timeout(STATEMENT_TIMEOUT)
-            .set_application_name("keyward")
-            .sqlx_logging(false)
-            .record_stmt_in_spans(false);
-        let pool = Database::connect(options).await.map_err(failed)?;
-        if single::<bool>(&pool, "SELECT pg_is_in_recovery()").await.map_err(failed)? {
-            return Err("database_url leads to a PostgreSQL standby: name the primary".to_owned());
-        }
+        let failed = |error: DbErr| refused(&error);
+        let pool = connect_pool(url).await?;
         // No two servers have the same name, so that ours tells its own lost connections from another server's.
         let name = format!("keyward {}", token::event_id(Time::from_micros(0)).map_err(|error| error.to_string())?);
         let mut session = connect_session(url, &name).await.map_err(|error| failed(sqlx_error(error)))?;
         if !take_lock(&mut session).await.map_err(|error| failed(sqlx_error(error)))? {
             return Err("another keyward is using this PostgreSQL database: this version runs one server on a database".to_owned());
         }
-        Ok(Self {
+        let exclusive = Exclusive::Session { url: url.to_owned(), name, connection: tokio::sync::Mutex::new(session) };
+        Ok(Self::with_pool(pool, exclusive, observer))
+    }
+
+    fn with_pool(pool: DatabaseConnection, exclusive: Exclusive, observer: Observer) -> Self {
+        Self {
             reader: pool.clone(),
             writer: pool,
             facts_permits: Semaphore::new(POSTGRES_CONNECTIONS as usize / 2),
@@ -218,8 +228,8 @@ impl Store {
             write_permits: Semaphore::new(POSTGRES_CONNECTIONS as usize / 4),
             success: Mutex::new(Stopwatch::start()),
             observer,
-            exclusive: Exclusive::Session { url: url.to_owned(), name, connection: tokio::sync::Mutex::new(session) },
-        })
+            exclusive,
+        }
     }
 
     async fn settle_schema(&self, migrate: bool) -> std::result::Result<(), String> {
@@ -270,6 +280,11 @@ impl Store {
         result.and(unlock.map(drop).map_err(sqlx_error)).and(closed)
     }
 
+    /// Whether a server may use this database at the same time.
+    fn is_beside_others(&self) -> bool {
+        matches!(self.exclusive, Exclusive::Beside)
+    }
+
     fn backend(&self) -> DbBackend {
         self.writer.get_database_backend()
     }
@@ -287,7 +302,11 @@ impl Store {
     /// # Errors
     /// `Unavailable` if the database does not answer.
     pub async fn hold(&self) -> Result<Hold> {
-        let Exclusive::Session { url, name, connection } = &self.exclusive else { return Ok(Hold::Kept) };
+        let (url, name, connection) = match &self.exclusive {
+            Exclusive::Session { url, name, connection } => (url, name, connection),
+            Exclusive::Folder { .. } => return Ok(Hold::Kept),
+            Exclusive::Beside => return Ok(Hold::Lost),
+        };
         let work = async {
             let mut connection = connection.lock().await;
             if matches!(timeout(ACQUIRE_TIMEOUT, connection.ping()).await, Ok(Ok(()))) {
@@ -411,6 +430,32 @@ impl Store {
         }
         (self.observer)(verb, watch.elapsed(), failed);
     }
+}
+
+/// Connections to a PostgreSQL that takes changes.
+async fn connect_pool(url: &str) -> std::result::Result<DatabaseConnection, String> {
+    let failed = |error: DbErr| refused(&error);
+    let mut options = ConnectOptions::new(url);
+    options
+        .max_connections(POSTGRES_CONNECTIONS)
+        .min_connections(2)
+        .connect_timeout(ACQUIRE_TIMEOUT)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .idle_timeout(None)
+        .test_before_acquire_if_idle_for(Duration::from_secs(5))
+        .statement_timeout(STATEMENT_TIMEOUT)
+        .set_application_name("keyward")
+        .sqlx_logging(false)
+        .record_stmt_in_spans(false);
+    let pool = Database::connect(options).await.map_err(failed)?;
+    if single::<bool>(&pool, "SELECT pg_is_in_recovery()").await.map_err(failed)? {
+        return Err("database_url leads to a PostgreSQL standby: name the primary".to_owned());
+    }
+    Ok(pool)
+}
+
+fn refused(error: &DbErr) -> String {
+    format!("PostgreSQL (database_url) does not take our connection: {}", cause(error))
 }
 
 /// A connection that nothing but the lock lives on. Both ends notice within seconds when the other is gone.

@@ -287,6 +287,7 @@ CREATE TABLE notice (
     last_error {text} NOT NULL
 );
 CREATE INDEX notice_by_due_time ON notice (channel, workspace, due_time) WHERE NOT dead;
+CREATE INDEX notice_by_create_time ON notice (create_time, id, channel) WHERE dead;
 CREATE INDEX notice_by_workspace ON notice (workspace, id);
 
 -- What calls of a workspace's webhook are signed with, sealed with the keyring.

@@ -28,7 +28,7 @@ const NEAR_MAX: u64 = 20_000;
 const ROWS_MAX: usize = 500;
 /// Secrets of a webhook that sign at once.
 const SECRETS_MAX: u32 = 5;
-/// A fault is true as long as this holds.
+/// A fault is true as long as this holds. SQLite begins a `CROSS JOIN` with its first table: there are fewer faults than tokens, however few it has counted.
 const TRUE_FAULT: &str = "t.id = f.token_id AND t.expire_time = f.expire_time AND t.delete_time IS NULL AND t.state <> 3";
 
 /// A token that has reached a step, and where its owner gets mail.
@@ -145,10 +145,7 @@ impl Store {
         after: (Time, &str),
         now: Time,
     ) -> Result<(Vec<TokenId>, Option<(Time, String)>)> {
-        const NEAR: &str = "SELECT id, expire_time FROM token WHERE workspace = $1 AND kind = 1 AND delete_time IS NULL AND state <> 3 \
-                            AND expire_time <= $2 AND (expire_time, id) > ($3, $4) ORDER BY expire_time, id";
         let mut values: Vec<Value> = vec![workspace.into(), wishes.horizon(now).micros().into(), after.0.micros().into(), after.1.into()];
-        let last = Statement::from_sql_and_values(self.backend(), format!("{NEAR} LIMIT 1 OFFSET {}", NEAR_MAX - 1), values.clone());
         let mut steps = wishes.days_before.clone();
         steps.sort_unstable();
         let mut step = String::new();
@@ -157,14 +154,23 @@ impl Store {
             let _ = write!(step, "WHEN n.expire_time <= ${} THEN {days} ", values.len());
         }
         let sql = format!(
-            "SELECT n.id FROM ({NEAR} LIMIT {NEAR_MAX}) AS n LEFT JOIN notice_mark m ON m.token_id = n.id AND m.expire_time = n.expire_time \
-             WHERE m.days_before IS NULL OR m.days_before > CASE {step}ELSE 32767 END"
+            "WITH n AS MATERIALIZED (SELECT id, expire_time FROM token WHERE workspace = $1 AND kind = 1 AND delete_time IS NULL AND state <> 3 \
+             AND expire_time <= $2 AND (expire_time, id) > ($3, $4) ORDER BY expire_time, id LIMIT {NEAR_MAX}) \
+             SELECT n.id, n.expire_time, FALSE FROM n LEFT JOIN notice_mark m ON m.token_id = n.id AND m.expire_time = n.expire_time \
+             WHERE m.days_before IS NULL OR m.days_before > CASE {step}ELSE 32767 END UNION ALL \
+             SELECT l.id, l.expire_time, TRUE FROM (SELECT id, expire_time FROM n ORDER BY expire_time, id LIMIT 1 OFFSET {}) AS l",
+            NEAR_MAX - 1
         );
-        let near = Statement::from_sql_and_values(self.backend(), sql, values);
-        let rows = self.reading("notices_scan", self.reader.query_all_raw(near)).await?;
-        let ids = rows.iter().map(|row| token_id(row, 0)).collect::<Result<_>>()?;
-        let last = self.reading("notices_scan", self.reader.query_one_raw(last)).await?;
-        let rest = last.map(|row| Ok((time(&row, 1)?, text(&row, 0)?))).transpose()?;
+        let statement = Statement::from_sql_and_values(self.backend(), sql, values);
+        let rows = self.reading("notices_scan", self.reader.query_all_raw(statement)).await?;
+        let (mut ids, mut rest) = (Vec::new(), None);
+        for row in &rows {
+            if row.try_get_by_index::<bool>(2).map_err(translate)? {
+                rest = Some((time(row, 1)?, text(row, 0)?));
+            } else {
+                ids.push(token_id(row, 0)?);
+            }
+        }
         Ok((ids, rest))
     }
 
@@ -309,7 +315,7 @@ impl Store {
         if filter.unacknowledged_only {
             conditions.push_str(" AND f.acknowledge_time IS NULL");
         }
-        let sql = format!("{FAULTS} WHERE f.workspace = $1{conditions} ORDER BY f.id DESC LIMIT {limit}");
+        let sql = format!("{FAULTS} AND f.workspace = $1{conditions} ORDER BY f.id DESC LIMIT {limit}");
         let statement = Statement::from_sql_and_values(self.backend(), sql, values);
         let rows = self.reading("faults", self.reader.query_all_raw(statement)).await?;
         rows.iter().map(fault_of).collect()
@@ -324,7 +330,7 @@ impl Store {
             "SELECT COUNT(CASE WHEN f.expire_time > $1 AND f.acknowledge_time IS NULL THEN 1 END), \
              COUNT(CASE WHEN f.expire_time > $1 AND f.acknowledge_time IS NOT NULL THEN 1 END), \
              COUNT(CASE WHEN f.expire_time <= $1 AND f.acknowledge_time IS NULL THEN 1 END), \
-             COUNT(CASE WHEN f.expire_time <= $1 AND f.acknowledge_time IS NOT NULL THEN 1 END) FROM fault f JOIN token t ON {TRUE_FAULT}"
+             COUNT(CASE WHEN f.expire_time <= $1 AND f.acknowledge_time IS NOT NULL THEN 1 END) FROM fault f CROSS JOIN token t WHERE {TRUE_FAULT}"
         );
         let statement = Statement::from_sql_and_values(self.backend(), sql, [now.micros().into()]);
         let row = self.reading("faults", self.reader.query_one_raw(statement)).await?.ok_or_else(|| damaged("fault"))?;
@@ -381,14 +387,16 @@ impl Store {
     /// # Errors
     /// `Unavailable`, `Overloaded`.
     pub async fn notice_counts(&self) -> Result<Vec<(Channel, bool, i64)>> {
-        let statement = Statement::from_string(self.backend(), "SELECT channel, dead, COUNT(*) FROM notice GROUP BY channel, dead");
-        let rows = self.reading("notices", self.reader.query_all_raw(statement)).await?;
-        rows.iter()
-            .map(|row| {
-                let is_dead = row.try_get_by_index(1).map_err(translate)?;
-                Ok((channel_of(row.try_get_by_index(0).map_err(translate)?)?, is_dead, number(row, 2)?))
-            })
-            .collect()
+        // Each from an index of its own; neither sorts.
+        const COUNT: &str = "COUNT(CASE WHEN channel = 1 THEN 1 END), COUNT(CASE WHEN channel = 2 THEN 1 END) FROM notice";
+        let sql = format!("SELECT FALSE, {COUNT} WHERE NOT dead UNION ALL SELECT TRUE, {COUNT} WHERE dead");
+        let rows = self.reading("notices", self.reader.query_all_raw(Statement::from_string(self.backend(), sql))).await?;
+        let mut counts = Vec::new();
+        for row in &rows {
+            let is_dead = row.try_get_by_index(0).map_err(translate)?;
+            counts.extend([(Channel::Mail, is_dead, number(row, 1)?), (Channel::Webhook, is_dead, number(row, 2)?)]);
+        }
+        Ok(counts)
     }
 
     /// Removes notices that were given up and are older than this, at most `limit`.
@@ -396,16 +404,17 @@ impl Store {
     /// # Errors
     /// `Unavailable`, `Overloaded`.
     pub async fn purge_notices(&self, before: Time, limit: u64) -> Result<u64> {
-        let sql =
-            format!("DELETE FROM notice WHERE id IN (SELECT id FROM notice WHERE dead AND create_time < $1 ORDER BY id LIMIT {limit})");
+        let sql = format!(
+            "DELETE FROM notice WHERE id IN (SELECT id FROM notice WHERE dead AND create_time < $1 ORDER BY create_time LIMIT {limit})"
+        );
         let statement = Statement::from_sql_and_values(self.backend(), sql, [before.micros().into()]);
         self.writing("purge", async { self.writer.execute_raw(statement).await.map(|done| done.rows_affected()) }).await
     }
 }
 
 const FAULTS: &str = "SELECT f.id, f.workspace, f.token_id, t.display_name, t.hint, t.principal, f.days_before, f.expire_time, f.raise_time, \
-                      f.acknowledge_time, f.acknowledged_by FROM fault f JOIN token t ON t.id = f.token_id AND t.expire_time = f.expire_time \
-                      AND t.delete_time IS NULL AND t.state <> 3";
+                      f.acknowledge_time, f.acknowledged_by FROM fault f CROSS JOIN token t \
+                      WHERE t.id = f.token_id AND t.expire_time = f.expire_time AND t.delete_time IS NULL AND t.state <> 3";
 
 impl Tx<'_> {
     /// Of these tokens those that live and can end; nobody changes them until this transaction ends. What somebody is just changing is left out.
@@ -561,7 +570,7 @@ impl Tx<'_> {
     /// # Errors
     /// `Unavailable`.
     pub async fn fault(&self, id: &str, workspace: Option<&str>) -> Result<Option<FaultRecord>> {
-        let row = self.query_one(&format!("{FAULTS} WHERE f.id = $1"), vec![id.into()]).await?;
+        let row = self.query_one(&format!("{FAULTS} AND f.id = $1"), vec![id.into()]).await?;
         let fault = row.as_ref().map(fault_of).transpose()?;
         Ok(fault.filter(|fault| workspace.is_none_or(|workspace| *fault.workspace == *workspace)))
     }

@@ -58,6 +58,9 @@ impl Store {
     /// # Errors
     /// `Unavailable`, `Overloaded`.
     pub async fn begin_change(&self) -> Result<Tx<'_>> {
+        if self.is_beside_others() {
+            return Err(Error::Internal("a change of tokens that a server may know, beside that server".into()));
+        }
         let mut tx = self.begin().await?;
         let row = tx.query_one("UPDATE change_head SET seq = seq + 1 WHERE id = 1 RETURNING seq", vec![]).await?;
         let row = row.ok_or_else(|| damaged("change_head"))?;

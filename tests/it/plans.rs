@@ -208,7 +208,7 @@ async fn come_with_a_certificate(mut site: Site) -> (Site, Process) {
 
 /// What a plan was made for.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-enum Values {
+pub enum Values {
     Any,
     Frequent,
     Rare,
@@ -216,10 +216,10 @@ enum Values {
 
 /// A statement with the steps of its plan.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
-struct Planned {
-    sql: String,
-    values: Values,
-    steps: Vec<String>,
+pub struct Planned {
+    pub sql: String,
+    pub values: Values,
+    pub steps: Vec<String>,
 }
 
 impl Planned {
@@ -332,7 +332,7 @@ fn without_cost(step: &str) -> String {
 }
 
 /// SQLite's plans for the statements that a process has prepared: for any values, for those that many tokens have, for those that few have.
-async fn explained(db: &DatabaseConnection, process: u32) -> BTreeSet<Planned> {
+pub async fn explained(db: &DatabaseConnection, process: u32) -> BTreeSet<Planned> {
     let mut planned = BTreeSet::new();
     let mut whole: Option<String> = None;
     for sql in statements_in_memory(process) {

@@ -165,6 +165,13 @@ impl Receiver {
         self.shared.state.borrow().calls.clone()
     }
 
+    /// What came since the last time, in order; it is not shown again.
+    pub fn take(&self) -> Vec<Call> {
+        let mut taken = Vec::new();
+        self.shared.state.send_modify(|state| taken = std::mem::take(&mut state.calls));
+        taken
+    }
+
     /// Waits until so many calls came, and shows them all.
     pub async fn wait_for(&self, count: usize, deadline: Duration) -> Vec<Call> {
         self.until(&format!("{count} calls"), deadline, |state| state.calls.len() >= count).await;
