@@ -15,8 +15,12 @@ use crate::{
     world::{Backend, World, eventually, runtime},
 };
 
-crate::on_both_databases!(a_mail_server_that_hangs_holds_up_nothing_else, what_a_mail_server_says_of_one_address_is_about_that_one);
-crate::on_sqlite!(mails_arrive_when_the_server_works_again, mails_that_are_given_up_can_be_sent_again);
+crate::on_both_databases!(
+    a_mail_server_that_hangs_holds_up_nothing_else,
+    what_a_mail_server_says_of_one_address_is_about_that_one,
+    mails_arrive_when_the_server_works_again,
+    mails_that_are_given_up_can_be_sent_again,
+);
 
 const ADA: &str = "ada@example.test";
 const BOB: &str = "bob@example.test";

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use keyward::proto::{self, NoticeEvent, NoticeState, notice_service_client::NoticeServiceClient};
+use keyward::proto::{self, NoticeEvent, NoticeState, create_token_request::Lifetime, notice_service_client::NoticeServiceClient};
 use tonic::{Status, transport::Channel};
 
 use crate::{
@@ -72,7 +72,7 @@ pub async fn create(actor: &Actor, workspace: &str, name: &str, days: i64) -> pr
     let request = proto::CreateTokenRequest {
         workspace: workspace.to_owned(),
         principal: "owner".to_owned(),
-        ttl: Some(prost_types::Duration { seconds: days * 86_400, nanos: 0 }),
+        lifetime: Some(Lifetime::Ttl(prost_types::Duration { seconds: days * 86_400, nanos: 0 })),
         ..new_token(name, &[])
     };
     actor.create(request).await.expect("created")

@@ -18,8 +18,11 @@ use crate::{
     world::World,
 };
 
-crate::on_both_databases!(a_receiver_that_hangs_holds_up_nobody_else, a_receiver_that_is_gone_is_not_asked_again);
-crate::on_sqlite!(a_receiver_that_fails_is_asked_less_and_less);
+crate::on_both_databases!(
+    a_receiver_that_hangs_holds_up_nobody_else,
+    a_receiver_that_is_gone_is_not_asked_again,
+    a_receiver_that_fails_is_asked_less_and_less,
+);
 
 /// Tokens of each workspace.
 const TOKENS: usize = 3;
