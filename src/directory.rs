@@ -129,7 +129,9 @@ impl CheckedWishes {
         if !outlets.mail && patch.mail_owner == Some(true) {
             violations.add(path("mail_owner"), NO_MAIL);
         }
-        if !outlets.mail && patch.emails.as_ref().is_some_and(|emails| !emails.trim().is_empty()) {
+        if !outlets.mail
+            && patch.emails.as_ref().is_some_and(|emails| emails.chars().any(|letter| letter != ';' && !letter.is_whitespace()))
+        {
             violations.add(path("emails"), NO_MAIL);
         }
         let url =
