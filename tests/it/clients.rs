@@ -9,7 +9,9 @@ fn drive(program: impl FnOnce(&Path) -> Option<Command>, missing: &str) {
     let Some(tools) = tools() else { return skip(missing) };
     let Some(mut command) = program(&tools) else { return skip(missing) };
     runtime().block_on(async {
-        let world = World::start_by_the_real_clock(Backend::Sqlite).await;
+        let mut world = World::start_by_the_real_clock(Backend::Sqlite).await;
+        world.settings.insert("notices_interval", "1s".to_owned());
+        world.restart().await;
         command.env("KEYWARD_ADDRESS", world.server().address().to_string()).env("KEYWARD_TOKEN", world.root_token());
         command.env("KEYWARD_TEST_TOOLS", &tools);
         let output = tokio::task::spawn_blocking(move || command.output()).await.expect("no panic").expect("it runs");

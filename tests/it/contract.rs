@@ -4,6 +4,7 @@
 
 use std::{
     collections::BTreeSet,
+    num::NonZeroU32,
     sync::atomic::{AtomicU32, Ordering},
 };
 
@@ -16,7 +17,10 @@ use tonic::{
 };
 use tonic_types::StatusExt as _;
 
-use crate::world::{Actor, World};
+use crate::{
+    outlets,
+    world::{Actor, World, eventually},
+};
 
 crate::on_both_databases!(every_method_is_closed_to_those_it_is_not_for, strangers_learn_nothing_from_their_arguments);
 
@@ -111,8 +115,32 @@ fn every_element_has_a_comment() {
     }
 }
 
-/// What a call is about: a token, its secret, its principal and its workspace.
+/// A fault and a notice of one workspace. They stay what they are, whatever is done with them: the fault is acknowledged once, and the receiver of the notice may
+/// not be called.
+#[derive(Clone, Default)]
+struct Told {
+    fault: String,
+    notice: String,
+}
+
+impl Told {
+    async fn new(world: &World, workspace: &str) -> Self {
+        let root = world.root().await;
+        let wishes = proto::Notices { raise_faults: true, ..outlets::calls_to("https://127.0.0.1:1/") };
+        outlets::wish(&root, workspace, wishes).await;
+        let token = outlets::create(&root, workspace, "near its end", 5).await.token.expect("a token");
+        let notices = outlets::tried(&root, workspace, 1).await;
+        let message = proto::ListFaultsRequest { workspace: workspace.to_owned(), token_id: token.id, ..Default::default() };
+        let fault = eventually("a fault is raised", async || {
+            outlets::client(&root).list_faults(root.request(message.clone())).await.expect("a page").into_inner().faults.pop()
+        });
+        Self { fault: fault.await.id, notice: notices[0].id.clone() }
+    }
+}
+
+/// What a call is about: a token, its secret, its principal and its workspace, and what was told there.
 struct Subject {
+    told: Told,
     number: u32,
     id: String,
     secret: String,
@@ -132,12 +160,13 @@ impl Subject {
             ..crate::world::new_token("subject", &[])
         };
         let created = world.root().await.create(request).await.expect("created");
-        Self { number, id: created.token.expect("a token").id, secret: created.secret, principal, workspace: workspace.to_owned() }
+        let id = created.token.expect("a token").id;
+        Self { told: Told::default(), number, id, secret: created.secret, principal, workspace: workspace.to_owned() }
     }
 
     /// In a workspace of its own if the call may end that.
-    async fn of_call(world: &World, path: &str, workspace: &str) -> Self {
-        let mut subject = Self::new(world, workspace).await;
+    async fn of_call(world: &World, path: &str, workspace: &str, told: &Told) -> Self {
+        let mut subject = Self { told: told.clone(), ..Self::new(world, workspace).await };
         if path.contains("WorkspaceService") && workspace != "default" {
             subject.workspace = format!("w{}", subject.number);
             world.add_workspace(&subject.workspace, &subject.workspace).await;
@@ -166,6 +195,8 @@ impl Subject {
         match field.name() {
             "id" if message.contains("Workspace") => text(&self.workspace),
             "id" if message.contains("Principal") => text(&self.principal),
+            "id" if message.contains("Fault") => text(&self.told.fault),
+            "id" if message.contains("Notice") => text(&self.told.notice),
             "id" => text(&self.id),
             "workspace" if is_new => {
                 let mut workspace = self.message(proto_message("keyward.v1.Workspace"));
@@ -232,9 +263,14 @@ async fn role(world: &World, name: &str, scopes: Option<&[&str]>) -> Actor {
     }
 }
 
-async fn every_method_is_closed_to_those_it_is_not_for(world: World) {
+async fn every_method_is_closed_to_those_it_is_not_for(mut world: World) {
+    world.settings.insert("notices_interval", "1s".to_owned());
+    // All roles are the same principal.
+    world.limits.test_notices_max = NonZeroU32::new(100).expect("a number");
+    world.restart().await;
     world.relax().await;
     world.add_workspace("other", "ot").await;
+    let told = [Told::new(&world, "default").await, Told::new(&world, "other").await];
     println!("{:<58} {:<20} {:<18} {:<18}", "method", "role", "own workspace", "other workspace");
     for (path, input) in declared() {
         let access = METHODS.iter().find(|method| method.path == path).expect("in the table").access;
@@ -245,8 +281,8 @@ async fn every_method_is_closed_to_those_it_is_not_for(world: World) {
         }
         for (name, scopes) in ROLES {
             let mut cells = Vec::new();
-            for workspace in ["default", "other"] {
-                let subject = Subject::of_call(&world, &path, workspace).await;
+            for (workspace, told) in ["default", "other"].into_iter().zip(&told) {
+                let subject = Subject::of_call(&world, &path, workspace, told).await;
                 let actor = role(&world, name, scopes).await;
                 let before = world.db_number("SELECT COUNT(*) FROM audit_event WHERE code = 'OK'").await;
                 let outcome = call(&actor, &path, subject.request(input.clone())).await;

@@ -6,9 +6,15 @@ use std::{
     process::{Child, Command},
 };
 
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use keyward::proto::{self, Verdict};
 
-use crate::world::{self, Actor, Backend, eventually, free_port, keyward, new_token, runtime};
+use crate::{
+    mailbox::{Mailbox, MailboxOptions},
+    outlets::{self, SOON},
+    receiver::{Behaviour, Receiver},
+    world::{self, Actor, Backend, eventually, free_port, keyward, new_token, runtime},
+};
 
 /// A server as a process of its own, ended with the test.
 struct Process(Child);
@@ -43,12 +49,21 @@ async fn search(backend: Backend) {
         Backend::Postgres => Some(world::new_postgres_database().await),
         Backend::Sqlite => None,
     };
+    let password = "Zq8canary-of-the-mail-server7Xw";
+    let login = Some(("mailer".to_owned(), password.to_owned()));
+    let mailbox = Mailbox::start(MailboxOptions { login, reject: vec!["gone@example.test".to_owned()], ..MailboxOptions::default() });
+    let receiver = Receiver::start().await;
     let start = |format: &str| {
         let log = fs::OpenOptions::new().create(true).append(true).open(folder.path().join("log")).expect("writable");
         let mut command = keyward();
         command.args(["serve", "--log", "trace", "--log-format", format, "--listen", &format!("127.0.0.1:{port}")]);
         command.args(["--metrics-listen", &format!("127.0.0.1:{metrics}"), "--data-dir"]).arg(folder.path().join("data"));
         command.arg("--root-token-file").arg(folder.path().join("root"));
+        command.args(["--notices-interval", "1s", "--webhook-allowed-cidrs", "127.0.0.1/32"]);
+        if let Some(mailbox) = &mailbox {
+            command.env("KEYWARD_SMTP_URL", format!("{}?tls=off", mailbox.url("mailer", password)));
+            command.env("KEYWARD_SMTP_FROM", "keyward@example.test");
+        }
         if let Some(url) = &database {
             command.env("KEYWARD_DATABASE_URL", url);
         }
@@ -69,6 +84,8 @@ async fn search(backend: Backend) {
     let mut secrets = vec![root];
     let mut answers = String::new();
     exercise(&admin, &mut secrets, &mut answers).await;
+    let mut keys = Vec::new();
+    be_told(&admin, mailbox.as_ref(), &receiver, (&mut secrets, &mut keys), &mut answers).await;
     // Also what the command line is given and says.
     let pasted = secrets[2].clone();
     for arguments in [&["validate", &pasted][..], &["token", "list", &pasted], &["token", "get", &pasted], &["whoami", "--output", &pasted]]
@@ -86,6 +103,8 @@ async fn search(backend: Backend) {
     })
     .await;
     exercise(&admin, &mut secrets, &mut answers).await;
+    be_told(&admin, mailbox.as_ref(), &receiver, (&mut secrets, &mut keys), &mut answers).await;
+    answers.push_str(&metrics_page(metrics).await);
     stop(&mut server);
 
     let log = fs::read(folder.path().join("log")).expect("readable");
@@ -96,6 +115,30 @@ async fn search(backend: Backend) {
         let dump = Command::new("pg_dump").args(["--inserts", url]).output().expect("pg_dump");
         assert!(dump.status.success() && dump.stdout.len() > 10_000, "{}", String::from_utf8_lossy(&dump.stderr));
         places.push(("the dump".to_owned(), dump.stdout));
+    }
+    let calls = receiver.calls();
+    assert!(calls.iter().any(|call| contains(&call.body, &secrets[0][..3])), "hints are told");
+    places.extend(
+        calls.iter().map(|call| ("a call".to_owned(), format!("{:?} {}", call.headers, String::from_utf8_lossy(&call.body)).into())),
+    );
+    if let Some(mailbox) = &mailbox {
+        let mails = mailbox.mails();
+        assert!(mails.len() > 4, "{mails:?}");
+        places.extend(mails.iter().map(|mail| ("a mail".to_owned(), format!("{}{:?}{:?}", mail.raw, mail.text, mail.html).into())));
+    }
+    assert!(keys.len() == 4);
+    for (place, contents) in &places {
+        for key in &keys {
+            let body = key.strip_prefix("whsec_").expect("a webhook's secret");
+            assert!(!contains(contents, body) && !contains(contents, &body[8..28]), "{place} holds the secret of a webhook ({backend:?})");
+        }
+        assert!(
+            !contains(contents, password) && !contains(contents, "canary-of-the-mail"),
+            "{place} holds the password of the mail server"
+        );
+        // What a sign-in sends: it is in no log either.
+        let plain = BASE64_STANDARD.encode(format!("\0mailer\0{password}"));
+        assert!(!contains(contents, &plain), "{place} holds the password of the mail server as it is sent");
     }
     assert!(secrets.len() > 16);
     for (place, contents) in &places {
@@ -207,4 +250,63 @@ async fn exercise(admin: &Actor, secrets: &mut Vec<String>, answers: &mut String
     admin.revoke_principal("p").await.expect("done");
     note(format!("{:?}", admin.list(proto::ListTokensRequest::default()).await.expect("a page")));
     admin.delete(&token.id).await.expect("done");
+}
+
+/// Has notices sent of every kind that a change causes, delivered and not, with tokens and secrets that must not be in them.
+async fn be_told(
+    admin: &Actor,
+    mailbox: Option<&Mailbox>,
+    receiver: &Receiver,
+    (secrets, keys): (&mut Vec<String>, &mut Vec<String>),
+    answers: &mut String,
+) {
+    use keyward::proto::NoticeEvent::{TokenCreated, TokenLeaked, TokenRegenerated, TokenRevoked};
+    let emails = if mailbox.is_some() { "ada@example.test; gone@example.test" } else { "" };
+    let wishes = proto::Notices {
+        emails: emails.to_owned(),
+        raise_faults: true,
+        days_before: Vec::new(),
+        events: [TokenCreated, TokenRegenerated, TokenRevoked, TokenLeaked].map(Into::into).to_vec(),
+        ..outlets::calls_to(&receiver.url("/hook"))
+    };
+    let mut note = |what: String| answers.push_str(&what);
+    note(format!("{:?}", outlets::wish(admin, "default", wishes).await));
+    keys.push(outlets::rotate(admin, "").await.webhook_secret);
+    keys.push(outlets::rotate(admin, "").await.webhook_secret);
+    receiver.set(Behaviour::Ok);
+    let (calls, mails) = (receiver.calls().len(), mailbox.map_or(0, |mailbox| mailbox.mails().len()));
+    // Near its end: a step, a fault, and each event.
+    let created = outlets::create(admin, "", "told", 3).await;
+    let regenerated = admin.regenerate(&created.token.expect("a token").id, 60).await.expect("done").secret;
+    let revoked = outlets::create(admin, "", "told", 90).await;
+    admin.revoke(&revoked.token.expect("a token").id).await.expect("done");
+    receiver.wait_for(calls + 5, SOON).await;
+    let reported = proto::ReportLeakedTokensRequest { tokens: vec![regenerated.clone()] };
+    admin.own().report_leaked_tokens(admin.request(reported)).await.expect("noted");
+    receiver.wait_for(calls + 6, SOON).await;
+    if let Some(mailbox) = mailbox {
+        mailbox.wait_for(mails + 6, SOON).await;
+    }
+    note(format!("{:?}", outlets::test(admin, "").await.expect("sent")));
+    // What is in the wrong place is not repeated; what fails is kept.
+    receiver.set(Behaviour::Status(500));
+    secrets.extend([created.secret, regenerated, revoked.secret]);
+    let key = keys.last().expect("one").clone();
+    for text in [&key, secrets.last().expect("one")] {
+        let wrong = proto::Notices { webhook_url: text.clone(), renew_url: text.clone(), ..Default::default() };
+        let workspace = proto::Workspace { id: "default".to_owned(), notices: Some(wrong), ..Default::default() };
+        note(format!("{:?}", admin.update_workspace(workspace, &["notices.webhook_url", "notices.renew_url"]).await.expect_err("wrong")));
+        let message = proto::RetryNoticeRequest { id: text.clone() };
+        note(format!("{:?}", outlets::client(admin).retry_notice(admin.request(message)).await.expect_err("wrong")));
+        let message = proto::AcknowledgeFaultRequest { id: text.clone() };
+        note(format!("{:?}", outlets::client(admin).acknowledge_fault(admin.request(message)).await.expect_err("wrong")));
+        let message = proto::ListFaultsRequest { token_id: text.clone(), page_token: text.clone(), ..Default::default() };
+        note(format!("{:?}", outlets::client(admin).list_faults(admin.request(message)).await.expect_err("wrong")));
+    }
+    secrets.push(outlets::create(admin, "", "not told", 90).await.secret);
+    note(format!("{:?}", outlets::tried(admin, "", 1).await));
+    let faults = outlets::client(admin).list_faults(admin.request(proto::ListFaultsRequest::default())).await.expect("a page");
+    note(format!("{:?}", faults.into_inner()));
+    // What exercises the rest is not told.
+    outlets::wish(admin, "default", proto::Notices::default()).await;
 }

@@ -56,7 +56,7 @@ is() { # PATH VALUE
 # What is there, with its comments.
 ask list
 has keyward.v1.TokenService keyward.v1.ValidationService keyward.v1.SelfService grpc.health.v1.Health
-has keyward.v1.WorkspaceService keyward.v1.PrincipalService keyward.v1.AuditService
+has keyward.v1.WorkspaceService keyward.v1.PrincipalService keyward.v1.AuditService keyward.v1.NoticeService
 ask list keyward.v1.ValidationService
 has keyward.v1.ValidationService.ValidateToken keyward.v1.ValidationService.BatchValidateTokens
 ask describe keyward.v1.TokenService
@@ -108,6 +108,31 @@ is verdict VERDICT_INSUFFICIENT_SCOPE
 call AuditService/ListAuditEvents '{"workspace": "shop-'"$brand"'", "methods": ["CreateToken"]}'
 has '"method": "CreateToken"' '"code": "OK"' '"display_name": "Orders"'
 [[ $output != *"$shop_secret"* ]] || fail 'the audit shows a secret'
+
+# What it is told of its tokens.
+wishes='{"workspace": {"id": "shop-'"$brand"'", "notices": {"raiseFaults": true, "webhookUrl": "https://10.0.0.1/"}}, "updateMask": "notices"}'
+call WorkspaceService/UpdateWorkspace "$wishes"
+is workspace.notices.raiseFaults True
+call_fails InvalidArgument WorkspaceService/UpdateWorkspace "${wishes/https:/ftp:}" "$KEYWARD_TOKEN"
+has '"field":"workspace.notices.webhook_url"' 'must begin with https://'
+call NoticeService/SendTestNotice '{"workspace": "shop-'"$brand"'"}'
+has NOTICE_CHANNEL_WEBHOOK '"recipient": "10.0.0.1"' webhook_allowed_cidrs
+call NoticeService/RotateWebhookSecret '{"workspace": "shop-'"$brand"'"}'
+has '"webhookSecret": "whsec_'
+call TokenService/CreateToken '{"workspace": "shop-'"$brand"'", "displayName": "Brief", "ttl": "86400s"}'
+brief=$(field token.id)
+for _ in {1..900}; do
+  call NoticeService/ListFaults '{"workspace": "shop-'"$brand"'", "tokenId": "'"$brief"'"}'
+  [[ $output == *"flt_"* ]] && break
+  sleep 0.1
+done
+has '"daysBefore": 1' '"displayName": "Brief"'
+[[ $output =~ flt_[0-9A-Za-z]+ ]]
+call NoticeService/AcknowledgeFault '{"id": "'"${BASH_REMATCH[0]}"'"}'
+has '"acknowledgedBy"' '"acknowledgeTime"'
+call NoticeService/ListNotices '{"workspace": "shop-'"$brand"'"}'
+has NOTICE_EVENT_TOKEN_EXPIRING NOTICE_STATE_PENDING
+
 call WorkspaceService/DeleteWorkspace '{"id": "shop-'"$brand"'"}'
 call ValidationService/ValidateToken '{"token": "'"$shop_secret"'"}'
 is verdict VERDICT_UNKNOWN

@@ -13,7 +13,7 @@ const grpc = require('@grpc/grpc-js');
 const protoLoader = require('@grpc/proto-loader');
 const protobuf = require('protobufjs');
 
-const services = ['token_service', 'validation_service', 'self_service', 'workspace_service', 'audit_service'];
+const services = ['token_service', 'validation_service', 'self_service', 'workspace_service', 'audit_service', 'notice_service'];
 const definition = protoLoader.loadSync(
   services.map((name) => `keyward/v1/${name}.proto`),
   { includeDirs: [path.join(__dirname, '../../../proto')], enums: String, longs: String, defaults: true, oneofs: true },
@@ -160,6 +160,31 @@ async function main() {
   // The latest first; the principal was made with its first token.
   assert.deepEqual([events.length, events.at(-1).method, events.at(-1).code], [3, 'CreateWorkspace', 'OK']);
   assert.equal(events.at(-1).after.fields.display_name.stringValue, 'Shop');
+
+  // What the workspace is told of its tokens.
+  const notices = connect(v1.NoticeService, root);
+  const tell = (wishes, ...paths) => workspaces.updateWorkspace({ workspace: { id, notices: wishes }, updateMask: { paths } });
+  await assertFails(tell({ emails: 'ada', renewUrl: 'http://x' }, 'notices.emails', 'notices.renew_url'), grpc.status.INVALID_ARGUMENT, [
+    'workspace.notices.emails',
+    'workspace.notices.renew_url',
+  ]);
+  await tell({ raiseFaults: true, events: ['NOTICE_EVENT_TOKEN_LEAKED'] }, 'notices');
+  const { webhookSecret } = await notices.rotateWebhookSecret({ workspace: id });
+  assert.match(webhookSecret, /^whsec_[0-9A-Za-z+/]+=*$/);
+  await assertFails(notices.sendTestNotice({ workspace: id }), grpc.status.FAILED_PRECONDITION);
+  await tokens.revokeToken({ id: ours.token.id });
+  const brief = await tokens.createToken({ workspace: id, displayName: 'Brief', principal, ttl: { seconds: 86_400 } });
+  let faults = [];
+  for (const end = Date.now() + 90_000; faults.length === 0 && Date.now() < end; await new Promise((next) => setTimeout(next, 100))) {
+    ({ faults } = await notices.listFaults({ workspace: id, tokenId: brief.token.id }));
+  }
+  assert.deepEqual([faults.length, faults[0]?.hint, faults[0]?.daysBefore], [1, brief.token.hint, 1]);
+  const { fault } = await notices.acknowledgeFault({ id: faults[0].id });
+  assert.equal(fault.acknowledgedBy, who.principal);
+  assert.deepEqual((await notices.listFaults({ workspace: id, unacknowledgedOnly: true })).faults, []);
+  assert.deepEqual((await notices.listNotices({ workspace: id, state: 'NOTICE_STATE_DEAD' })).notices, []);
+  await assertFails(notices.retryNotice({ id: 'ntc_0000000000000000000000' }), grpc.status.NOT_FOUND);
+
   await workspaces.deleteWorkspace({ id });
   assert.deepEqual(await byPath('GET', '/api/orders/7'), ['VERDICT_UNKNOWN', '']);
   await assertFails(workspaces.getWorkspace({ id }), grpc.status.NOT_FOUND);

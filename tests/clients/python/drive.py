@@ -42,6 +42,8 @@ def generate_stubs():
 STUBS = generate_stubs()
 from keyward.v1 import audit_service_pb2 as audit  # noqa: E402
 from keyward.v1 import audit_service_pb2_grpc, principal_service_pb2_grpc, workspace_service_pb2_grpc  # noqa: E402
+from keyward.v1 import notice_service_pb2 as news  # noqa: E402
+from keyward.v1 import notice_service_pb2_grpc  # noqa: E402
 from keyward.v1 import principal_service_pb2 as people  # noqa: E402
 from keyward.v1 import self_service_pb2 as own  # noqa: E402
 from keyward.v1 import self_service_pb2_grpc, token_service_pb2_grpc, validation_service_pb2_grpc  # noqa: E402
@@ -81,6 +83,7 @@ class Keyward:
         self.workspaces = workspace_service_pb2_grpc.WorkspaceServiceStub(channel)
         self.principals = principal_service_pb2_grpc.PrincipalServiceStub(channel)
         self.audit = audit_service_pb2_grpc.AuditServiceStub(channel)
+        self.notices = notice_service_pb2_grpc.NoticeServiceStub(channel)
 
     def create(self, **fields):
         """A token, for a principal of its own unless one is named."""
@@ -767,6 +770,55 @@ def audit_events(root, channel):
     expect_error(DENIED, lambda: plain.audit.ListAuditEvents(audit.ListAuditEventsRequest()))
 
 
+def notices(root, _channel):
+    home = root.own.WhoAmI(own.WhoAmIRequest()).workspace
+    bad = places.Notices(days_before=[7, -1], emails="ada", webhook_url="http://hooks.example.com", events=[news.NOTICE_EVENT_TEST])
+    wrong = [f"workspace.notices.{field}" for field in ("days_before[1]", "emails", "webhook_url", "events[0]")]
+    expect_error(INVALID, lambda: root.update_workspace(["notices"], id=home, notices=bad), *wrong)
+    expect_error(ILLEGAL_STATE, lambda: root.notices.SendTestNotice(news.SendTestNoticeRequest()))
+
+    wishes = places.Notices(raise_faults=True, days_before=[1, 30], webhook_url="https://10.0.0.1/hook", renew_url="https://example.com/tokens")
+    fields = ("raise_faults", "days_before", "webhook_url", "renew_url")
+    changed = root.update_workspace([f"notices.{field}" for field in fields], id=home, notices=wishes)
+    expect_equal(list(changed.notices.days_before), [30, 1], "days_before, from the farthest")
+    again = root.update_workspace(["notices.webhook_url"], id=home, notices=wishes)
+    expect_equal(again.etag, changed.etag, "etag when nothing changed")
+
+    # A private address, which the server's operator did not allow.
+    (delivery,) = root.notices.SendTestNotice(news.SendTestNoticeRequest()).deliveries
+    expect_equal((delivery.channel, delivery.recipient, delivery.delivered), (news.NOTICE_CHANNEL_WEBHOOK, "10.0.0.1", False), "delivery")
+    expect("webhook_allowed_cidrs" in delivery.error, f"delivery.error: {delivery.error}")
+    first = expect_in_force(root.notices.RotateWebhookSecret(news.RotateWebhookSecretRequest()))
+    second = expect_in_force(root.notices.RotateWebhookSecret(news.RotateWebhookSecretRequest()))
+    expect(second.webhook_secret.startswith("whsec_") and second.webhook_secret != first.webhook_secret, "a new secret")
+    expect(second.HasField("previous_expire_time"), "the one before signs for another day")
+
+    token = root.create(ttl=Duration(seconds=5 * 86_400)).token
+    wanted = news.ListFaultsRequest(token_id=token.id, unacknowledged_only=True)
+    listed = lambda: root.notices.ListFaults(wanted).faults  # noqa: E731
+    eventually(listed, "a fault", seconds=90)
+    (fault,) = listed()
+    expect_equal((fault.days_before, fault.hint, fault.principal), (30, token.hint, token.principal), "fault")
+    expect_equal((fault.workspace, fault.expire_time), (home, token.expire_time), "fault.workspace, expire_time")
+    mine = expect_in_force(root.notices.AcknowledgeFault(news.AcknowledgeFaultRequest(id=fault.id))).fault
+    expect_equal((mine.acknowledged_by, mine.HasField("acknowledge_time")), ("root", True), "acknowledged_by, acknowledge_time")
+    expect_equal(root.notices.AcknowledgeFault(news.AcknowledgeFaultRequest(id=fault.id)).fault, mine, "a second AcknowledgeFault")
+    expect_equal(len(listed()), 0, "faults that nobody has acknowledged")
+
+    about = lambda: [each for each in root.notices.ListNotices(news.ListNoticesRequest()).notices if token.id in each.token_ids]  # noqa: E731
+    eventually(lambda: about() and about()[0].last_error, "a notice that could not be delivered")
+    (notice,) = about()
+    expect_equal((notice.event, notice.state), (news.NOTICE_EVENT_TOKEN_EXPIRING, news.NOTICE_STATE_PENDING), "notice.event, state")
+    again = expect_in_force(root.notices.RetryNotice(news.RetryNoticeRequest(id=notice.id))).notice
+    expect_equal(again.id, notice.id, "RetryNotice")
+    expect_error(NOT_FOUND, lambda: root.notices.RetryNotice(news.RetryNoticeRequest(id="ntc_0000000000000000000000")))
+    expect_error(NOT_FOUND, lambda: root.notices.AcknowledgeFault(news.AcknowledgeFaultRequest(id="flt_0000000000000000000000")))
+    expect_error(INVALID, lambda: root.notices.AcknowledgeFault(news.AcknowledgeFaultRequest(id="fault")), "id")
+    # A fault is there as long as it is true.
+    root.tokens.RevokeToken(control.RevokeTokenRequest(id=token.id))
+    expect_equal(len(root.notices.ListFaults(news.ListFaultsRequest(token_id=token.id)).faults), 0, "faults of a revoked token")
+
+
 def health(_root, channel):
     stub = health_pb2_grpc.HealthStub(channel)
     for service in ("", "keyward.v1.ValidationService", "keyward.v1.TokenService", "keyward.v1.SelfService"):
@@ -777,7 +829,7 @@ def health(_root, channel):
 
 STORY = (
     who_am_i, create_and_validate, verdicts, batches, lists, updates, regenerations, deletions, self_service, rights, wrong_arguments,
-    large_messages, workspaces, principals, own_tokens, sessions, routes, leaks, audit_events, health,
+    large_messages, workspaces, principals, own_tokens, sessions, routes, leaks, audit_events, notices, health,
 )  # fmt: skip
 
 
