@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use keyward::proto;
+use keyward::proto::{self, notice_service_client::NoticeServiceClient};
 use prost_types::Timestamp;
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, Statement};
 
@@ -48,13 +48,41 @@ const EXPLAINING: [&str; 12] = [
 ];
 
 /// Tables that grow, with their names in statements. None is ever read from end to end.
-const LARGE: [&str; 12] =
-    ["workspace", "w", "prefix", "token", "t", "principal", "p", "token_usage", "token_audience", "audit_event", "change_log", "replay"];
+const LARGE: [&str; 18] = [
+    "workspace",
+    "w",
+    "prefix",
+    "token",
+    "t",
+    "principal",
+    "p",
+    "token_usage",
+    "token_audience",
+    "audit_event",
+    "change_log",
+    "replay",
+    "notice_mark",
+    "m",
+    "fault",
+    "f",
+    "notice",
+    "webhook_secret",
+];
 
 /// What may be read from end to end: the table, part of the statement, and part of the step. A page of all workspaces in the order of their ids, and whether
 /// there is any; the few tokens that ever were root tokens, which have an index of their own. For a hundred facts at once, and for root tokens,
-/// PostgreSQL reads a thousand workspaces rather than finding each.
-const WHOLE: [(&str, &str, &str); 6] = [
+/// PostgreSQL reads a thousand workspaces rather than finding each. The workspaces that want to be told something have an index of their own. All faults are counted,
+/// and all notices, each kind along its index; for many tokens near their end PostgreSQL reads the marks of all that ever were.
+const WHOLE: [(&str, &str, &str); 14] = [
+    // A thousand of them, found by their ids.
+    ("f", "FROM fault WHERE id > $1 ORDER BY id LIMIT 1000) AS f", "SCAN f"),
+    ("workspace", "WHERE notices <> '' AND delete_time IS NULL", "workspace_by_notices"),
+    ("f", "SELECT COUNT(CASE WHEN f.expire_time", ""),
+    ("fault", "SELECT COUNT(CASE WHEN f.expire_time", ""),
+    ("notice", "SELECT FALSE, COUNT(CASE WHEN channel", "notice_by_due_time"),
+    ("notice", "SELECT FALSE, COUNT(CASE WHEN channel", "notice_by_create_time"),
+    ("m", "LEFT JOIN notice_mark m", "Seq Scan on notice_mark m"),
+    ("m", "JOIN notice_mark m ON", "Seq Scan on notice_mark m"),
     ("workspace", r#"ORDER BY "workspace"."id" ASC LIMIT"#, ""),
     ("workspace", "SELECT 1 FROM workspace LIMIT 1", ""),
     ("workspace", "WHERE t.is_root AND", "Seq Scan on workspace w"),
@@ -78,7 +106,21 @@ const RARE: [(&str, &str); 9] = [
 const STATE: &str = r#"AND ("token"."state" ="#;
 
 /// What must be among the statements that were seen. The lists are looked for by themselves.
-const LOOK_UPS: [&str; 34] = [
+const LOOK_UPS: [&str; 48] = [
+    "SELECT id, notices FROM workspace WHERE notices <> ''",
+    "AS MATERIALIZED (SELECT id, expire_time FROM token WHERE workspace = $1 AND kind = 1",
+    "WHERE t.id IN ($1",
+    "SELECT COUNT(CASE WHEN f.expire_time",
+    "SELECT f.id, f.token_id, t.id IS NULL",
+    "SELECT FALSE, COUNT(CASE WHEN channel",
+    "SELECT workspace FROM notice WHERE channel = $1",
+    "WITH due AS MATERIALIZED",
+    "UPDATE notice SET dead = TRUE, claim = ''",
+    "WHERE dead AND create_time < $1",
+    "FROM fault f CROSS JOIN token t",
+    "UPDATE fault SET acknowledge_time",
+    "FROM webhook_secret WHERE workspace = $1",
+    r#"FROM "notice" WHERE "notice"."workspace" = "#,
     "WHERE t.digest IN",
     "WHERE t.previous_digest IN",
     r#"WHERE "token"."id" = "#,
@@ -115,6 +157,9 @@ const LOOK_UPS: [&str; 34] = [
     r#"("audit_event"."event_time", "audit_event"."id") < ("#,
 ];
 
+/// What finds tokens near their end.
+const NEAR_END: &str = "AS MATERIALIZED (SELECT id, expire_time FROM token";
+
 /// What is asked for those who come with a client certificate.
 const OF_CERTIFICATES: &str = "LEFT JOIN principal p ON p.workspace = w.id AND p.id = $2 WHERE w.id = $1";
 
@@ -142,7 +187,9 @@ fn run(backend: Backend) {
             Some(postgres) => postgres.new_database().await,
             None => String::new(),
         };
-        let site = Site::at(backend, url);
+        let mut site = Site::at(backend, url);
+        // What is told goes nowhere, so that it stays.
+        site.arguments = ["--notices-interval", "1s", "--webhook-allowed-cidrs", "127.0.0.0/8"].map(str::to_owned).to_vec();
         // The first process makes the tables.
         site.start().await.kill();
         let count = std::env::var("KEYWARD_TEST_PLAN_ROWS").map_or(ROWS, |text| text.parse().expect("a whole number"));
@@ -163,6 +210,7 @@ fn run(backend: Backend) {
         let gone = "SELECT COUNT(*) FROM workspace WHERE id = 'gone'";
         world::eventually("what ended long ago is gone", async || (number(&db, gone).await == 0).then_some(())).await;
         ask_everything(&site, &root).await;
+        ask_about_notices(&site, &root).await;
         let mut planned = match &log {
             Some(log) => logged(&read(log)[before..]),
             None => explained(&db, process.id()).await,
@@ -275,6 +323,9 @@ fn check(planned: &BTreeSet<Planned>) {
             if !one.looks_at_everything() && one.scan_of(table).is_some() {
                 faults.insert((format!("{table} is read from end to end"), &one.sql), one);
             }
+        }
+        if one.sql.contains(NEAR_END) && !one.steps.iter().any(|step| step.contains("token_by_expire_time")) {
+            faults.insert(("not by their end".to_owned(), &one.sql), one);
         }
         if one.is_list() && !one.may_sort() && one.sorts() {
             faults.insert(("the workspace is sorted".to_owned(), &one.sql), one);
@@ -391,7 +442,8 @@ fn statements_in_memory(process: u32) -> BTreeSet<String> {
 
 /// The statement in a piece of memory, behind at most a few bytes of the allocator.
 fn statement(piece: &[u8]) -> Option<String> {
-    let is_verb = |start: &usize| ["SELECT ", "UPDATE ", "DELETE "].iter().any(|verb| piece[*start..].starts_with(verb.as_bytes()));
+    let is_verb =
+        |start: &usize| ["SELECT ", "UPDATE ", "DELETE ", "WITH "].iter().any(|verb| piece[*start..].starts_with(verb.as_bytes()));
     let sql = &piece[(0..piece.len().min(8)).find(is_verb)?..];
     let is_text = sql.iter().all(|byte| (b' '..=b'~').contains(byte));
     is_text.then(|| String::from_utf8_lossy(sql).into_owned())
@@ -562,6 +614,47 @@ async fn ask_about_the_directory(root: &Actor) {
         root.workspaces().resume_workspace(root.request(resume.clone())).await.expect("done");
     })
     .await;
+}
+
+async fn ask_about_notices(site: &Site, root: &Actor) {
+    let notices =
+        proto::Notices { days_before: vec![1], raise_faults: true, webhook_url: "http://127.0.0.1:9/".to_owned(), ..Default::default() };
+    let workspace = proto::Workspace { id: "default".to_owned(), notices: Some(notices), ..Default::default() };
+    root.update_workspace(workspace, &["notices"]).await.expect("changed");
+    let db = site.db().await;
+    let tried = "SELECT COUNT(*) FROM notice WHERE last_error <> ''";
+    world::eventually("tokens near their end are told", async || (number(&db, tried).await > 0).then_some(())).await;
+    let service = || NoticeServiceClient::new(root.channel.clone());
+    let token_id = text(&db, "SELECT MIN(token_id) FROM fault").await;
+    let faults = proto::ListFaultsRequest { page_size: 5, ..Default::default() };
+    let lists = [
+        ("faults", faults.clone()),
+        ("faults of a principal", proto::ListFaultsRequest { principal: "person-7".to_owned(), ..faults.clone() }),
+        ("faults of a token", proto::ListFaultsRequest { token_id, ..faults.clone() }),
+        ("faults that nobody takes care of", proto::ListFaultsRequest { unacknowledged_only: true, ..faults }),
+    ];
+    for (name, list) in lists {
+        let page = ask(name, async || service().list_faults(root.request(list.clone())).await.expect("a page")).await.into_inner();
+        if !page.next_page_token.is_empty() {
+            let next = proto::ListFaultsRequest { page_token: page.next_page_token, ..list };
+            ask(&format!("{name}, page 2"), async || service().list_faults(root.request(next.clone())).await.expect("a page")).await;
+        }
+    }
+    let id = text(&db, "SELECT MAX(id) FROM fault").await;
+    let acknowledge = proto::AcknowledgeFaultRequest { id };
+    ask("AcknowledgeFault", async || service().acknowledge_fault(root.request(acknowledge.clone())).await.expect("done")).await;
+    for state in 0..3 {
+        let list = proto::ListNoticesRequest { page_size: 5, state, ..Default::default() };
+        let page = ask("notices", async || service().list_notices(root.request(list.clone())).await.expect("a page")).await.into_inner();
+        if !page.next_page_token.is_empty() {
+            let next = proto::ListNoticesRequest { page_token: page.next_page_token, ..list };
+            ask("notices, page 2", async || service().list_notices(root.request(next.clone())).await.expect("a page")).await;
+        }
+    }
+    let id = text(&db, "SELECT MAX(id) FROM notice").await;
+    service().retry_notice(root.request(proto::RetryNoticeRequest { id })).await.expect("done");
+    // Looks with what was told meanwhile.
+    tokio::time::sleep(Duration::from_secs(3)).await;
 }
 
 async fn ask_the_audit(root: &Actor) {
