@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use keyward::{
     ambient::Time,
     notices::{Notices, Settings},
-    proto,
+    proto::{self, NoticeEvent},
     store::{FaultFilter, Store},
     token::Keyring,
 };
@@ -332,12 +332,19 @@ async fn events_are_told_where_the_workspace_wants_them(world: World) {
         created.map(|created| (created.token.expect("a token"), created.secret)).expect("created")
     };
     for_ada("before anybody was told").await;
-    use proto::NoticeEvent::{TokenCreated, TokenLeaked, TokenRegenerated, TokenRevoked};
     let wishes = proto::Notices {
         emails: "ops@example.test".to_owned(),
         mail_owner: true,
         webhook_url: receiver.url("/hook"),
-        events: [TokenCreated, TokenRegenerated, TokenRevoked, TokenLeaked, TokenLeaked].map(i32::from).to_vec(),
+        events: [
+            NoticeEvent::TokenCreated,
+            NoticeEvent::TokenRegenerated,
+            NoticeEvent::TokenRevoked,
+            NoticeEvent::TokenLeaked,
+            NoticeEvent::TokenLeaked,
+        ]
+        .map(i32::from)
+        .to_vec(),
         ..Default::default()
     };
     let workspace = wish(&world, wishes).await;
@@ -440,8 +447,7 @@ async fn wishes_that_come_later_are_told_what_is_near(world: World) {
 async fn temporary_tokens_cause_no_notices_but_of_leaks(world: World) {
     let receiver = Receiver::start().await;
     let world = alert(world, &[]).await;
-    let events =
-        [proto::NoticeEvent::TokenCreated, proto::NoticeEvent::TokenRevoked, proto::NoticeEvent::TokenLeaked].map(i32::from).to_vec();
+    let events = [NoticeEvent::TokenCreated, NoticeEvent::TokenRevoked, NoticeEvent::TokenLeaked].map(i32::from).to_vec();
     wish(&world, proto::Notices { webhook_url: receiver.url("/hook"), raise_faults: true, events, ..Default::default() }).await;
     let root = world.root().await;
     let temporary =
