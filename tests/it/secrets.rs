@@ -281,6 +281,9 @@ async fn be_told(
     let revoked = outlets::create(admin, "", "told", 90).await;
     admin.revoke(&revoked.token.expect("a token").id).await.expect("done");
     receiver.wait_for(calls + 5, SOON).await;
+    if let Some(mailbox) = mailbox {
+        mailbox.wait_for(mails + 5, SOON).await;
+    }
     let reported = proto::ReportLeakedTokensRequest { tokens: vec![regenerated.clone()] };
     admin.own().report_leaked_tokens(admin.request(reported)).await.expect("noted");
     receiver.wait_for(calls + 6, SOON).await;

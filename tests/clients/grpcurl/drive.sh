@@ -110,7 +110,7 @@ has '"method": "CreateToken"' '"code": "OK"' '"display_name": "Orders"'
 [[ $output != *"$shop_secret"* ]] || fail 'the audit shows a secret'
 
 # What it is told of its tokens.
-wishes='{"workspace": {"id": "shop-'"$brand"'", "notices": {"raiseFaults": true, "webhookUrl": "https://10.0.0.1/"}}, "updateMask": "notices"}'
+wishes='{"workspace": {"id": "shop-'"$brand"'", "notices": {"raiseFaults": true, "webhookUrl": "https://10.0.0.1/"}}, "updateMask": {"paths": ["notices"]}}'
 call WorkspaceService/UpdateWorkspace "$wishes"
 is workspace.notices.raiseFaults True
 call_fails InvalidArgument WorkspaceService/UpdateWorkspace "${wishes/https:/ftp:}" "$KEYWARD_TOKEN"

@@ -164,8 +164,8 @@ async function main() {
   // What the workspace is told of its tokens.
   const notices = connect(v1.NoticeService, root);
   const tell = (wishes, ...paths) => workspaces.updateWorkspace({ workspace: { id, notices: wishes }, updateMask: { paths } });
-  await assertFails(tell({ emails: 'ada', renewUrl: 'http://x' }, 'notices.emails', 'notices.renew_url'), grpc.status.INVALID_ARGUMENT, [
-    'workspace.notices.emails',
+  await assertFails(tell({ webhookUrl: 'ftp://x', renewUrl: 'http://x' }, 'notices'), grpc.status.INVALID_ARGUMENT, [
+    'workspace.notices.webhook_url',
     'workspace.notices.renew_url',
   ]);
   await tell({ raiseFaults: true, events: ['NOTICE_EVENT_TOKEN_LEAKED'] }, 'notices');
