@@ -308,7 +308,7 @@ impl Planned {
             let fits = |(whole, sql, index): &(&str, &str, &str)| *whole == table && self.sql.contains(sql) && step.contains(index);
             WHOLE.iter().any(fits) && !self.sorts()
         };
-        scan.filter(|step| !is_whole(step) && !(FEW.contains(&table) && step.contains("Seq Scan")))
+        scan.filter(|step| !(is_whole(step) || (FEW.contains(&table) && step.contains("Seq Scan"))))
     }
 
     fn sorts(&self) -> bool {
