@@ -86,7 +86,12 @@ pub const SETTINGS: [Setting; 23] = [
     setting("smtp_from", "ADDRESS", "", "Whom mails come from: keyward@example.com"),
     setting("notices_interval", "SPAN", "1m", "How often tokens near their end are looked for (1s to 1h)"),
     setting("notices_ca_file", "FILE", "", "Certificates (PEM) that the mail server and webhooks are trusted by, beside the system's"),
-    setting("webhook_allowed_cidrs", "RANGE …", "", "Private addresses that webhooks may reach, also without TLS: 10.1.0.0/16 127.0.0.1"),
+    setting(
+        "webhook_allowed_cidrs",
+        "RANGE …",
+        "",
+        "Private addresses that webhooks of every workspace may reach, also without TLS: 10.1.0.0/16",
+    ),
     setting("cache_tokens", "COUNT", "1000000", "How many tokens are kept in memory (1000 to 100000000)"),
     setting("workers", "COUNT", "one per core", "Threads that serve requests (1 to 1024)"),
     setting("log", "off|error|warn|info|debug|trace", "info", "How much is logged"),

@@ -7,11 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::{
-    ambient::Time,
-    grant::{Kind, State, Token},
-    token::TokenId,
-};
+use crate::{ambient::Time, grant::Token, token::TokenId};
 
 const DAY: Duration = Duration::from_hours(24);
 
@@ -131,6 +127,26 @@ impl Wishes {
         self.raise_faults || self.mail_owner || !self.emails.is_empty() || !self.webhook_url.is_empty()
     }
 
+    /// The ways on which steps are told, as the store knows them: 1 to the addresses, 2 to the owner, 4 to the webhook.
+    #[must_use]
+    pub fn ways(&self) -> i32 {
+        i32::from(!self.emails.is_empty()) | i32::from(self.mail_owner) << 1 | i32::from(!self.webhook_url.is_empty()) << 2
+    }
+
+    /// These wishes on some of the ways only.
+    #[must_use]
+    pub fn on(&self, ways: i32) -> Self {
+        let mut wishes = self.clone();
+        if ways & 1 == 0 {
+            wishes.emails.clear();
+        }
+        wishes.mail_owner &= ways & 2 != 0;
+        if ways & 4 == 0 {
+            wishes.webhook_url.clear();
+        }
+        wishes
+    }
+
     /// The step that a token with this end has reached: the nearest of those that it has.
     #[must_use]
     pub fn step(&self, expire_time: Time, now: Time) -> Option<u16> {
@@ -208,12 +224,6 @@ impl Item {
     }
 }
 
-/// Whether the steps of this token are told.
-#[must_use]
-pub fn has_steps(token: &Token) -> bool {
-    token.kind == Kind::Permanent && token.state != State::Revoked
-}
-
 /// One mail, or one call of a webhook.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Notice {
@@ -227,8 +237,12 @@ pub struct Notice {
     pub channel: Channel,
     /// The mail address; empty: the workspace's webhook.
     pub recipient: String,
+    /// Whether it goes to the owner of the tokens.
+    pub to_owner: bool,
     /// The tokens that it is about: one in a call, one or more in a mail, none in a test.
     pub items: Vec<Item>,
+    /// How many more there are.
+    pub unnamed: usize,
     /// Who did it, if somebody did: a principal; empty: nobody said who they are.
     pub actor: String,
     /// The reason that they gave; may be empty.

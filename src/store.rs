@@ -40,7 +40,7 @@ use tokio::{
 };
 
 pub use audit::{AuditEvent, AuditFilter, AuditRecord};
-pub use notices::{Claimed, FaultCounts, FaultFilter, FaultRecord, Followed, NoticeRecord, Settled};
+pub use notices::{Claimed, FaultCounts, FaultFilter, FaultRecord, Followed, NoticeRecord, Settled, Step};
 pub use purge::Expendable;
 pub use tokens::{Cursor, Filter, Order, OrderKey};
 pub use transaction::{Claim, Tx};

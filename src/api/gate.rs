@@ -49,8 +49,9 @@ const REPORT_CALLS_MAX: usize = 64;
 /// Methods that make tokens or secrets for the caller's own principal.
 const OWN_CHANGES: [&str; 3] =
     ["/keyward.v1.SelfService/CreateMyToken", "/keyward.v1.SelfService/IssueTemporaryToken", "/keyward.v1.SelfService/RegenerateSelf"];
-/// The method that sends mail to addresses that the caller can choose.
+/// Methods that send at once, to where the caller has chosen.
 const SEND_TEST: &str = "/keyward.v1.NoticeService/SendTestNotice";
+const RETRY: &str = "/keyward.v1.NoticeService/RetryNotice";
 /// Answers to calls of the control plane that the audit keeps a sample of.
 const REFUSALS: [Code; 4] = [Code::Unauthenticated, Code::PermissionDenied, Code::NotFound, Code::FailedPrecondition];
 /// How long the caller waits (<https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>).
@@ -148,7 +149,7 @@ pub const METHODS: [Method; 44] = [
     method("/keyward.v1.NoticeService/ListFaults", Access::Admin, Plane::Control),
     method("/keyward.v1.NoticeService/AcknowledgeFault", Access::Admin, Plane::Control),
     method("/keyward.v1.NoticeService/ListNotices", Access::Admin, Plane::Control),
-    method("/keyward.v1.NoticeService/RetryNotice", Access::Admin, Plane::Control),
+    method(RETRY, Access::Admin, Plane::Control),
     method(SEND_TEST, Access::Admin, Plane::Control),
     method("/keyward.v1.NoticeService/RotateWebhookSecret", Access::Admin, Plane::Control),
     method("/grpc.health.v1.Health/Check", Access::Public, Plane::Health),
@@ -215,9 +216,9 @@ pub struct Limits {
     pub address_reports_max: NonZeroU32,
     /// Reports of leaked tokens from everywhere: so many at once, and as many in a second.
     pub reports_max: NonZeroU32,
-    /// Tokens and secrets that one principal makes for itself: so many at once, and as many in a minute.
+    /// Tokens and secrets that one principal makes for itself, and notices that one workspace retries: so many at once, and as many in a minute.
     pub own_changes_max: NonZeroU32,
-    /// Tests of notices that one principal sends: so many at once, and as many in a minute.
+    /// Tests of notices that one workspace sends: so many at once, and as many in a minute.
     pub test_notices_max: NonZeroU32,
 }
 
@@ -261,6 +262,7 @@ pub struct Gate {
     reports: Reports,
     own_changes: PerPrincipal,
     test_notices: PerPrincipal,
+    retries: PerPrincipal,
     active: Arc<AtomicUsize>,
 }
 
@@ -280,6 +282,7 @@ impl Gate {
             reports: Reports::new(limits.address_reports_max, limits.reports_max),
             own_changes: PerPrincipal::new(limits.own_changes_max),
             test_notices: PerPrincipal::new(limits.test_notices_max),
+            retries: PerPrincipal::new(limits.own_changes_max),
             active: Arc::default(),
         }
     }
@@ -379,8 +382,13 @@ impl Gate {
             if OWN_CHANGES.contains(&method.path) && !self.own_changes.admit(&call.caller.workspace, &call.caller.principal) {
                 return Err(status::overloaded("this principal makes too many tokens for itself; try again in a minute".to_owned()));
             }
-            if method.path == SEND_TEST && !self.test_notices.admit(&call.caller.workspace, &call.caller.principal) {
-                return Err(status::overloaded("this principal sends too many tests of notices; try again in a minute".to_owned()));
+            // Whoever administers a workspace can make any number of principals in it.
+            let everybody = Arc::from("");
+            if method.path == SEND_TEST && !self.test_notices.admit(&call.caller.workspace, &everybody) {
+                return Err(status::overloaded("this workspace sends too many tests of notices; try again in a minute".to_owned()));
+            }
+            if method.path == RETRY && !self.retries.admit(&call.caller.workspace, &everybody) {
+                return Err(status::overloaded("this workspace retries too many notices; try again in a minute".to_owned()));
             }
             request.headers_mut().remove(AUTHORIZATION);
             request.extensions_mut().insert(call);

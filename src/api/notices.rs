@@ -12,9 +12,6 @@ use crate::{
 
 type Answer<T> = Result<Response<T>, Status>;
 
-/// Tokens of a notice that are named in an answer.
-const TOKENS_NAMED_MAX: usize = 100;
-
 #[tonic::async_trait]
 impl NoticeService for Api {
     async fn list_faults(&self, request: Request<proto::ListFaultsRequest>) -> Answer<proto::ListFaultsResponse> {
@@ -113,21 +110,20 @@ fn shown_fault(fault: FaultRecord) -> proto::Fault {
 }
 
 fn shown(record: NoticeRecord) -> proto::Notice {
-    let notice = record.notice;
     let state = if record.is_dead { proto::NoticeState::Dead } else { proto::NoticeState::Pending };
     proto::Notice {
-        event: convert::notice_event(notice.event).into(),
-        channel: channel(notice.channel).into(),
-        token_ids: notice.items.iter().take(TOKENS_NAMED_MAX).map(|item| item.token_id.to_string()).collect(),
-        token_count: i32::try_from(notice.items.len()).unwrap_or(i32::MAX),
+        event: convert::notice_event(record.event).into(),
+        channel: channel(record.channel).into(),
         state: state.into(),
-        create_time: convert::timestamp(notice.create_time),
+        token_ids: record.token_ids,
+        token_count: i32::try_from(record.token_count).unwrap_or(i32::MAX),
+        create_time: convert::timestamp(record.create_time),
         attempt_count: i32::try_from(record.attempts).unwrap_or(i32::MAX),
         next_attempt_time: if record.is_dead { None } else { convert::timestamp(record.due_time) },
         last_error: record.last_error,
-        id: notice.id,
-        workspace: notice.workspace,
-        recipient: notice.recipient,
+        id: record.id,
+        workspace: record.workspace,
+        recipient: record.recipient,
     }
 }
 

@@ -4,6 +4,7 @@
 //! `a_report_does_not_tell_a_live_token_from_any_other_text`).
 
 use std::{
+    collections::BTreeMap,
     net::IpAddr,
     sync::{Arc, Weak},
     time::Duration,
@@ -181,6 +182,7 @@ impl Issuer {
         let reporter = Caller::nobody(address);
         let ending = Ending { method: REPORT, actor: Some(&reporter), reason: "LEAKED" };
         let mut tx = self.store.begin_change().await?;
+        let mut live: BTreeMap<String, Vec<(Token, Vec<Digest>)>> = BTreeMap::new();
         for digest in &digests {
             let Some((token, known, is_present)) = tx.token_of_digest(digest).await? else { continue };
             if !is_present {
@@ -188,8 +190,11 @@ impl Issuer {
                 tx.end_grace(token.id, &known).await?;
                 tx.audit([event(ending.method, ending.actor, &token, ending.reason, Some(&token), Some(&token), now)]).await?;
             } else if token.state != State::Revoked {
-                end_all(&mut tx, &[(token, known)], ending, now).await?;
+                live.entry(token.workspace.clone()).or_default().push((token, known));
             }
+        }
+        for live in live.values() {
+            end_all(&mut tx, live, ending, now).await?;
         }
         self.fence.conclude(tx, now).await
     }

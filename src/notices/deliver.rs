@@ -14,7 +14,7 @@ use super::{
     webhook::Call,
 };
 use crate::{
-    ambient::{self, Time},
+    ambient::{self, Stopwatch, Time},
     error::{Error, Result},
     notice::{Brand, Channel, Event, Notice, Outcome},
     store::{Claimed, Settled},
@@ -26,13 +26,14 @@ use crate::{
 const LEASE: Duration = Duration::from_mins(3);
 /// Notices that are tried at once, to one receiver.
 const GROUP: usize = 16;
-/// Destinations that one look finds.
-const DESTINATIONS_MAX: u64 = 1_000;
+/// How long a receiver is served before others have their turn.
+const SERVICE_TIME: Duration = Duration::from_secs(15);
 /// The pause before a notice is tried again: as long at first, doubled each time, as long at most; half as much less or more, by chance.
 const NOTICE_PAUSES: (Duration, Duration) = (Duration::from_secs(10), Duration::from_hours(1));
 /// The pause before a receiver that failed is tried again.
 const RECEIVER_PAUSES: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins(10));
 
+const SUSPENDED: &str = "the workspace is suspended";
 pub(super) const NO_MAIL: &str = "this server sends no mail: its operator must set smtp_url and smtp_from";
 
 /// What is known of a receiver: whether it is being served, and whether it failed.
@@ -41,6 +42,7 @@ pub(super) struct Destination {
     is_busy: bool,
     failures: u32,
     retry_time: Option<Time>,
+    served_time: Option<Time>,
 }
 
 impl Destination {
@@ -51,15 +53,18 @@ impl Destination {
 }
 
 impl Notices {
-    /// Begins to deliver what is due, in the background; what is being delivered already goes on.
+    /// Begins to deliver what is due, in the background; what is being delivered already goes on. Who was served longest ago comes first.
     ///
     /// # Errors
     /// `Unavailable`, `Overloaded`.
     pub async fn deliver(self: &Arc<Self>, now: Time) -> Result<()> {
         for channel in Channel::ALL {
-            for workspace in self.store.due_destinations(channel, now, DESTINATIONS_MAX).await? {
-                if let Some(permit) = self.engage(channel, &workspace, now) {
-                    tokio::spawn(serve(Arc::clone(self), channel, workspace, permit));
+            let mut due = self.store.due_destinations(channel, now).await?;
+            let served = self.destinations.lock().clone();
+            due.sort_by_cached_key(|workspace| served.get(&(channel, workspace.clone())).and_then(|known| known.served_time));
+            for workspace in due {
+                if let Some(service) = self.engage(channel, &workspace, now) {
+                    tokio::spawn(serve(Arc::clone(self), service));
                 }
             }
         }
@@ -81,15 +86,16 @@ impl Notices {
     }
 
     /// A worker for a receiver that is not being served and may be tried, if there is one left.
-    fn engage(&self, channel: Channel, workspace: &str, now: Time) -> Option<OwnedSemaphorePermit> {
+    fn engage(self: &Arc<Self>, channel: Channel, workspace: &str, now: Time) -> Option<Service> {
         let mut destinations = self.destinations.lock();
         let known = destinations.get(&(channel, workspace.to_owned())).copied().unwrap_or_default();
         if known.is_busy || known.retry_time.is_some_and(|retry_time| retry_time > now) {
             return None;
         }
         let permit = Arc::clone(&self.line(channel).workers).try_acquire_owned().ok()?;
-        destinations.insert((channel, workspace.to_owned()), Destination { is_busy: true, ..known });
-        Some(permit)
+        let engaged = Destination { is_busy: true, served_time: Some(now), ..known };
+        destinations.insert((channel, workspace.to_owned()), engaged);
+        Some(Service { notices: Arc::clone(self), channel, workspace: workspace.to_owned(), is_empty: false, _permit: permit })
     }
 
     /// Notes how a receiver fared; says how often it has failed in a row.
@@ -101,56 +107,72 @@ impl Notices {
         known.failures
     }
 
-    fn disengage(&self, channel: Channel, workspace: &str) {
-        let mut destinations = self.destinations.lock();
-        let key = (channel, workspace.to_owned());
-        match destinations.get_mut(&key) {
-            Some(known) if known.failures > 0 => known.is_busy = false,
-            _ => drop(destinations.remove(&key)),
-        }
-    }
-
-    /// Empties a queue as far as it goes. A receiver that failed is tried with one notice first.
-    async fn empty(self: &Arc<Self>, channel: Channel, workspace: &str) -> Result<()> {
+    /// Serves a queue as far as it goes, but not for long: others wait. A receiver that failed is tried with one notice first. Says whether nothing is due any more.
+    async fn empty(self: &Arc<Self>, channel: Channel, workspace: &str) -> Result<bool> {
+        let watch = Stopwatch::start();
         let mut failures = self.destinations.lock().get(&(channel, workspace.to_owned())).map_or(0, |known| known.failures);
-        while !self.is_stopping.load(Ordering::SeqCst) {
+        while !self.is_stopping.load(Ordering::SeqCst) && watch.elapsed() < SERVICE_TIME {
             let now = self.clock.now();
             let claim = token::notice_id(now)?;
             let limit = if failures == 0 { GROUP } else { 1 };
             let limit = u64::try_from(limit).unwrap_or(1);
             let claimed = self.store.claim_notices(channel, workspace, &claim, limit, now, now + LEASE).await?;
             if claimed.is_empty() {
-                return Ok(());
+                return Ok(true);
             }
-            let brief = self.store.brief(workspace).await?;
-            let failure = match brief {
-                // The workspace was deleted.
-                None => self.store.settle_notices(&claim, &all(&claimed, &Settled::Done), now).await.map(|()| None)?,
-                Some(brief) => self.attempt_group(channel, &brief, &claim, claimed).await?,
-            };
+            let failure = self.attempt_group(channel, workspace, &claim, claimed).await?;
             let now = self.clock.now();
             failures = self.note(channel, workspace, failure.is_some(), now);
             if let Some(error) = failure {
                 self.store.give_up(channel, workspace, &error, now).await?;
-                return Ok(());
+                return Ok(false);
             }
         }
-        Ok(())
+        Ok(false)
     }
 
     /// Tries a group at once and writes what became of it; says why the receiver cannot be reached, if it cannot.
     async fn attempt_group(
         self: &Arc<Self>,
         channel: Channel,
-        brief: &Brief,
+        workspace: &str,
         claim: &str,
         claimed: Vec<Claimed>,
     ) -> Result<Option<String>> {
         let now = self.clock.now();
-        let secrets: Arc<[WebhookSecret]> =
-            if channel == Channel::Webhook { self.secrets(&brief.id, now).await?.into() } else { Arc::new([]) };
+        let unable = match self.store.brief(workspace).await? {
+            // It was deleted.
+            None => return self.store.settle_notices(claim, &all(&claimed, |_| Settled::Done), now).await.map(|()| None),
+            Some(brief) if brief.suspended => SUSPENDED.to_owned(),
+            Some(brief) => match self.secrets_for(channel, workspace, now).await {
+                Ok(secrets) => return self.attempt_all(channel, Arc::new(brief), claim, claimed, secrets).await,
+                // It is for the operator to mend; what waits for it goes on waiting as for a receiver that is away.
+                Err(Error::Internal(source)) => source.to_string(),
+                Err(error) => return Err(error),
+            },
+        };
+        let again = |claimed: &Claimed| settle(claimed, Outcome::Unreachable { error: unable.clone() }, now);
+        self.store.settle_notices(claim, &all(&claimed, again), now).await?;
+        Ok(Some(unable))
+    }
+
+    async fn secrets_for(&self, channel: Channel, workspace: &str, now: Time) -> Result<Vec<WebhookSecret>> {
+        match channel {
+            Channel::Mail => Ok(Vec::new()),
+            Channel::Webhook => self.secrets(workspace, now).await,
+        }
+    }
+
+    async fn attempt_all(
+        self: &Arc<Self>,
+        channel: Channel,
+        brief: Arc<Brief>,
+        claim: &str,
+        claimed: Vec<Claimed>,
+        secrets: Vec<WebhookSecret>,
+    ) -> Result<Option<String>> {
+        let secrets: Arc<[WebhookSecret]> = secrets.into();
         let told = self.told(&claimed).await?;
-        let brief = Arc::new(brief.clone());
         let mut attempts = JoinSet::new();
         let mut settled = Vec::with_capacity(claimed.len());
         for claimed in claimed {
@@ -233,15 +255,37 @@ impl Notices {
     }
 }
 
-/// Serves a receiver until nothing is due for it, or it fails.
-async fn serve(notices: Arc<Notices>, channel: Channel, workspace: String, permit: OwnedSemaphorePermit) {
-    if let Err(error) = notices.empty(channel, &workspace).await {
-        let below = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
-        tracing::warn!(%error, below, channel = channel.name(), workspace, "notices could not be delivered; they are kept");
-        notices.note(channel, &workspace, true, notices.clock.now());
+/// A receiver that is being served. However the service ends, another one can begin.
+struct Service {
+    notices: Arc<Notices>,
+    channel: Channel,
+    workspace: String,
+    is_empty: bool,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let mut destinations = self.notices.destinations.lock();
+        let key = (self.channel, std::mem::take(&mut self.workspace));
+        match destinations.get_mut(&key) {
+            Some(known) if known.failures > 0 || !self.is_empty => known.is_busy = false,
+            _ => drop(destinations.remove(&key)),
+        }
     }
-    notices.disengage(channel, &workspace);
-    drop(permit);
+}
+
+/// Serves a receiver for a while.
+async fn serve(notices: Arc<Notices>, mut service: Service) {
+    match notices.empty(service.channel, &service.workspace).await {
+        Ok(is_empty) => service.is_empty = is_empty,
+        Err(error) => {
+            let below = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+            let (channel, workspace) = (service.channel.name(), &service.workspace);
+            tracing::warn!(%error, below, channel, workspace, "notices could not be delivered; they are kept");
+            notices.note(service.channel, workspace, true, notices.clock.now());
+        }
+    }
 }
 
 /// What seals a workspace's webhook secret.
@@ -253,8 +297,8 @@ fn is_step(event: Event) -> bool {
     matches!(event, Event::Expiring | Event::Expired)
 }
 
-fn all(claimed: &[Claimed], settled: &Settled) -> Vec<(String, Settled)> {
-    claimed.iter().map(|claimed| (claimed.notice.id.clone(), settled.clone())).collect()
+fn all(claimed: &[Claimed], settled: impl Fn(&Claimed) -> Settled) -> Vec<(String, Settled)> {
+    claimed.iter().map(|claimed| (claimed.notice.id.clone(), settled(claimed))).collect()
 }
 
 /// What is left of a notice when everything is taken out that was overtaken, by a nearer step or by a change of the token or of what the workspace wants; its id
@@ -268,7 +312,8 @@ fn still_true(mut claimed: Claimed, brief: &Brief, told: &HashMap<TokenId, (Time
     }
     let wishes = &brief.notices;
     let is_wished = match notice.channel {
-        Channel::Mail => wishes.mail_owner || wishes.emails.contains(&notice.recipient),
+        Channel::Mail if notice.to_owner => wishes.mail_owner,
+        Channel::Mail => wishes.emails.contains(&notice.recipient),
         Channel::Webhook => !wishes.webhook_url.is_empty(),
     };
     if is_wished && !notice.items.is_empty() { Ok(claimed) } else { Err(claimed.notice.id) }

@@ -67,7 +67,7 @@ fn content(notice: &Notice, brand: &Brand, now: Time) -> Content {
     Content {
         headline: headline(notice, brand, now),
         facts,
-        unlisted: notice.items.len().saturating_sub(ITEMS_MAX),
+        unlisted: notice.items.len().saturating_sub(ITEMS_MAX) + notice.unnamed,
         rows,
         advice: advice(notice, brand, link.is_some()),
         link,
@@ -126,7 +126,7 @@ fn subject(notice: &Notice, brand: &Brand, now: Time) -> String {
             let room = SUBJECT_CHARS_MAX.saturating_sub(used).max(NAME_CHARS_MIN);
             format!("{brand}: the token \"{}\" {rest}", words::line(&item.display_name, room))
         }
-        items => format!("{brand}: {} {}", count(items.len()), happened_to_all(notice.event)),
+        items => format!("{brand}: {} {}", count(items.len() + notice.unnamed), happened_to_all(notice.event)),
     };
     words::line(&subject, SUBJECT_CHARS_MAX)
 }
@@ -147,7 +147,7 @@ fn headline(notice: &Notice, brand: &Brand, now: Time) -> String {
             item.hint,
             happened(notice, item, &notice.actor, now)
         ),
-        items => format!("{} of the workspace {workspace} {}.", count(items.len()), happened_to_all(notice.event)),
+        items => format!("{} of the workspace {workspace} {}.", count(items.len() + notice.unnamed), happened_to_all(notice.event)),
     }
 }
 
@@ -273,7 +273,9 @@ mod tests {
             event,
             channel: Channel::Mail,
             recipient: "ada@example.com".to_owned(),
+            to_owner: false,
             items,
+            unnamed: 0,
             actor: String::new(),
             reason: String::new(),
             create_time: NOW,

@@ -90,7 +90,7 @@ impl Notices {
         let (limit, after) = self.open_page(&purpose, request.page_size, &request.page_token, request.violations)?;
         self.require_workspace(caller, &workspace).await?;
         let found = self.store.notices(&workspace, request.is_dead, after.as_deref(), limit + 1).await?;
-        self.cut(&purpose, found, limit, |record| &record.notice.id)
+        self.cut(&purpose, found, limit, |record| &record.id)
     }
 
     /// Notes that the caller takes care of a fault.
@@ -122,13 +122,13 @@ impl Notices {
         rules::notice_id(id).map_err(|rule| Error::invalid("id", rule))?;
         let tx = self.begin(caller, now).await?;
         let reach = caller.management_reach();
-        let workspace = tx.notice(id, reach).await?.ok_or(Error::NotFound("notice"))?.notice.workspace;
+        let workspace = tx.notice(id, reach).await?.ok_or(Error::NotFound("notice"))?.workspace;
         tx.retry_notice(id, now + GIVE_UP, now).await?;
         let after = tx.notice(id, reach).await?.ok_or(Error::NotFound("notice"))?;
         tx.audit([event("RetryNotice", caller, &workspace, now)]).await?;
         tx.commit(now).await?;
         // Whoever asks for it knows something that we do not: the receiver is tried at once.
-        self.destinations.lock().entry((after.notice.channel, workspace)).and_modify(super::Destination::forgive);
+        self.destinations.lock().entry((after.channel, workspace)).and_modify(super::Destination::forgive);
         Ok(after)
     }
 
@@ -174,7 +174,9 @@ impl Notices {
                 event: Event::Test,
                 channel,
                 recipient,
+                to_owner: false,
                 items: Vec::new(),
+                unnamed: 0,
                 actor: caller.principal.to_string(),
                 reason: String::new(),
                 create_time: now,

@@ -25,6 +25,7 @@ use lettre::{
     },
 };
 use parking_lot::Mutex;
+use tokio::sync::Semaphore;
 use url::Host;
 
 use smtp_url::Protection;
@@ -38,6 +39,8 @@ const WHOLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// A connection is used again within this time; servers hang up after minutes.
 const IDLE_MAX: Duration = Duration::from_secs(30);
 const IDLE_CONNECTIONS_MAX: usize = 2;
+/// Mail servers take few from one client.
+const CONNECTIONS_MAX: usize = 8;
 
 /// Whether mails can be sent from there: `keyward@example.com`, or `Keyward <keyward@example.com>`.
 ///
@@ -71,6 +74,7 @@ pub struct Mailer {
     from: Mailbox,
     tls: Option<TlsParameters>,
     idle: Mutex<Vec<(AsyncSmtpConnection, Stopwatch)>>,
+    turns: Semaphore,
     step: Duration,
     whole: Duration,
 }
@@ -92,7 +96,7 @@ impl Mailer {
 
     fn with_timeouts(url: &SmtpUrl, from: &str, ca: Option<&[u8]>, step: Duration, whole: Duration) -> Result<Self, String> {
         let tls = if url.protection == Protection::Off { None } else { Some(tls(url, ca)?) };
-        Ok(Self { url: url.clone(), from: sender(from)?, tls, idle: Mutex::default(), step, whole })
+        Ok(Self { url: url.clone(), from: sender(from)?, tls, idle: Mutex::default(), turns: Semaphore::new(CONNECTIONS_MAX), step, whole })
     }
 
     /// Sends one and says what became of it.
@@ -101,6 +105,8 @@ impl Mailer {
             Ok(built) => built,
             Err(error) => return Outcome::Refused { error: words::error(error), is_final: true },
         };
+        // Never closed. The time of the attempt begins with its turn.
+        let _turn = self.turns.acquire().await;
         // A connection whose attempt is given up is dropped with it: nobody else reads an answer that comes too late.
         let late = || unreachable("no answer in time");
         tokio::time::timeout(self.whole, self.attempt(&to, &message)).await.unwrap_or_else(|_| late())

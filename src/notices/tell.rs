@@ -13,8 +13,10 @@ use crate::{
     token,
 };
 
-/// Tokens of one mail; more go into further ones.
-const DIGEST_MAX: usize = 500;
+/// Calls that are made at once.
+const CALLS_MAX: usize = 500;
+/// Tokens that a mail about many names; of the others it says how many they are.
+const NAMED_MAX: usize = 100;
 
 /// Something that was done to tokens of one workspace.
 #[derive(Clone, Copy)]
@@ -44,9 +46,13 @@ pub(crate) async fn tell(tx: &Tx<'_>, workspace: &str, wishes: &Wishes, news: Ne
         let (name, email) = contacts.get(token.principal.as_str()).copied().unwrap_or((&token.principal, ""));
         Followed { item: Item::of(token, name), email: email.to_owned() }
     };
-    let followed: Vec<Followed> = tokens.iter().map(follow).collect();
-    let notices = compose(workspace, wishes, news, followed, now)?;
-    tx.add_notices(&notices, now + GIVE_UP).await
+    // There may be very many: calls are written as they are made, and mails name only some.
+    for chunk in tokens.chunks(CALLS_MAX) {
+        let calls = calls(workspace, wishes, news, &chunk.iter().map(follow).collect::<Vec<_>>(), now)?;
+        tx.add_notices(&calls, now + GIVE_UP).await?;
+    }
+    let mails = mails(workspace, wishes, news, tokens.iter().map(follow), NAMED_MAX, now)?;
+    tx.add_notices(&mails, now + GIVE_UP).await
 }
 
 fn is_news(token: &Token, news: News<'_>, workspace: &str) -> bool {
@@ -58,50 +64,74 @@ fn is_news(token: &Token, news: News<'_>, workspace: &str) -> bool {
     }
 }
 
-/// One call of the webhook for each token; one mail for each recipient, to owners about their tokens alone.
-pub(super) fn compose(workspace: &str, wishes: &Wishes, news: News<'_>, followed: Vec<Followed>, now: Time) -> Result<Vec<Notice>> {
-    let notice = |channel, recipient: &str, items: Vec<Item>| {
-        Ok(Notice {
-            id: token::notice_id(now)?,
-            workspace: workspace.to_owned(),
-            event: news.event,
-            channel,
-            recipient: recipient.to_owned(),
-            items,
-            actor: news.actor.map(|actor| actor.principal.to_string()).unwrap_or_default(),
-            reason: news.reason.to_owned(),
-            create_time: now,
-        })
+/// A call of the webhook for each token.
+pub(super) fn calls(workspace: &str, wishes: &Wishes, news: News<'_>, followed: &[Followed], now: Time) -> Result<Vec<Notice>> {
+    let followed = if wishes.webhook_url.is_empty() { &[] } else { followed };
+    let call = |Followed { item, .. }: &Followed| {
+        let told = Told { items: vec![item.clone()], unnamed: 0 };
+        notice(workspace, news, Channel::Webhook, "", told, now)
     };
-    let mut notices = Vec::new();
-    if !wishes.webhook_url.is_empty() {
-        for Followed { item, .. } in &followed {
-            notices.push(notice(Channel::Webhook, "", vec![item.clone()])?);
-        }
-    }
-    for chunk in followed.chunks(DIGEST_MAX) {
-        let items: Vec<Item> = chunk.iter().map(|followed| followed.item.clone()).collect();
-        for address in &wishes.emails {
-            notices.push(notice(Channel::Mail, address, items.clone())?);
-        }
-    }
-    if wishes.mail_owner {
-        for (address, items) in by_owner(followed, &wishes.emails) {
-            for chunk in items.chunks(DIGEST_MAX) {
-                notices.push(notice(Channel::Mail, &address, chunk.to_vec())?);
-            }
-        }
-    }
-    Ok(notices)
+    followed.iter().map(call).collect()
 }
 
-/// The tokens of each owner who has an address and is not told anyway.
-fn by_owner(followed: Vec<Followed>, told: &[String]) -> BTreeMap<String, Vec<Item>> {
-    let mut owners: BTreeMap<String, Vec<Item>> = BTreeMap::new();
+/// A mail for each recipient, to owners about their tokens alone. It names at most so many of them.
+pub(super) fn mails(
+    workspace: &str,
+    wishes: &Wishes,
+    news: News<'_>,
+    followed: impl Iterator<Item = Followed>,
+    named_max: usize,
+    now: Time,
+) -> Result<Vec<Notice>> {
+    let mut all = Told::default();
+    let mut owners: BTreeMap<String, Told> = BTreeMap::new();
     for Followed { item, email } in followed {
-        if !email.is_empty() && !told.iter().any(|address| address.eq_ignore_ascii_case(&email)) {
-            owners.entry(email).or_default().push(item);
+        // Mails do not show what tokens are for.
+        let item = Item { audiences: Vec::new(), ..item };
+        if wishes.mail_owner && !email.is_empty() && !wishes.emails.iter().any(|address| address.eq_ignore_ascii_case(&email)) {
+            owners.entry(email).or_default().add(item.clone(), named_max);
+        }
+        all.add(item, named_max);
+    }
+    let mut mails = Vec::new();
+    for address in &wishes.emails {
+        mails.push(notice(workspace, news, Channel::Mail, address, all.clone(), now)?);
+    }
+    for (address, told) in owners {
+        mails.push(Notice { to_owner: true, ..notice(workspace, news, Channel::Mail, &address, told, now)? });
+    }
+    Ok(mails)
+}
+
+/// The tokens of a notice, and how many more there are.
+#[derive(Clone, Default)]
+struct Told {
+    items: Vec<Item>,
+    unnamed: usize,
+}
+
+impl Told {
+    fn add(&mut self, item: Item, named_max: usize) {
+        if self.items.len() < named_max {
+            self.items.push(item);
+        } else {
+            self.unnamed += 1;
         }
     }
-    owners
+}
+
+fn notice(workspace: &str, news: News<'_>, channel: Channel, recipient: &str, told: Told, now: Time) -> Result<Notice> {
+    Ok(Notice {
+        id: token::notice_id(now)?,
+        workspace: workspace.to_owned(),
+        event: news.event,
+        channel,
+        recipient: recipient.to_owned(),
+        to_owner: false,
+        items: told.items,
+        unnamed: told.unnamed,
+        actor: news.actor.map(|actor| actor.principal.to_string()).unwrap_or_default(),
+        reason: news.reason.to_owned(),
+        create_time: now,
+    })
 }

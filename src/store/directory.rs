@@ -331,6 +331,7 @@ struct BriefRow {
     max_tokens_per_principal: i64,
     display_name: String,
     notices: String,
+    raise_faults: bool,
 }
 
 fn brief_workspace(id: &str) -> sea_orm::Selector<sea_orm::SelectModel<BriefRow>> {
@@ -357,7 +358,7 @@ fn brief_of(row: BriefRow) -> Result<Brief> {
         id: row.id,
         suspended: row.suspended,
         display_name: row.display_name,
-        notices: notices::wishes_of(&row.notices)?,
+        notices: notices::wishes_of(&row.notices, row.raise_faults)?,
     })
 }
 
@@ -392,6 +393,7 @@ fn workspace_of(row: workspace::Model) -> Result<Workspace> {
         max_tokens_per_principal: row.max_tokens_per_principal,
         display_name: row.display_name,
         notices: row.notices,
+        raise_faults: row.raise_faults,
     })?;
     Ok(Workspace { id, display_name, prefix, policy, resources, notices, suspended, create_time, update_time, version })
 }
@@ -416,6 +418,7 @@ fn row_of_workspace(workspace: &Workspace) -> workspace::Model {
         delete_time: None,
         emptied: false,
         notices: notices::wishes_text(&workspace.notices),
+        raise_faults: workspace.notices.raise_faults,
     }
 }
 

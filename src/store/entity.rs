@@ -85,6 +85,7 @@ pub(super) mod workspace {
         pub delete_time: Option<i64>,
         pub emptied: bool,
         pub notices: String,
+        pub raise_faults: bool,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
@@ -220,7 +221,8 @@ pub(super) mod notice {
         pub channel: i16,
         pub event: String,
         pub recipient: String,
-        pub items: String,
+        pub to_owner: bool,
+        pub token_ids: String,
         pub token_count: i64,
         pub actor: String,
         pub reason: String,
@@ -231,6 +233,7 @@ pub(super) mod notice {
         pub claim: String,
         pub give_up_time: i64,
         pub last_error: String,
+        pub items: String,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

@@ -239,6 +239,7 @@ CREATE INDEX audit_event_by_method ON audit_event (workspace, method, event_time
 const NOTICES: &str = r"
 -- What is told of its tokens, as JSON; empty: nothing.
 ALTER TABLE workspace ADD COLUMN notices {text} NOT NULL DEFAULT '';
+ALTER TABLE workspace ADD COLUMN raise_faults BOOLEAN NOT NULL DEFAULT FALSE;
 CREATE INDEX workspace_by_notices ON workspace (id) WHERE notices <> '' AND delete_time IS NULL;
 
 -- With the state at its end, the tokens that are near their end are found without a look at each of them.
@@ -249,10 +250,12 @@ CREATE INDEX token_by_expire_time ON token (workspace, kind, expire_time, id, st
 CREATE TABLE notice_mark (
     token_id {text} PRIMARY KEY,
     expire_time BIGINT NOT NULL,
-    days_before INTEGER NOT NULL
+    days_before INTEGER NOT NULL,
+    -- On which ways that step was told: 1 to the addresses, 2 to the owner, 4 to the webhook.
+    told INTEGER NOT NULL
 );
 
--- It is true as long as the token lives and has this end.
+-- It is true as long as the token lives and has this end, and shown as long as the workspace wants faults.
 CREATE TABLE fault (
     id {text} PRIMARY KEY,
     workspace {text} NOT NULL,
@@ -273,7 +276,8 @@ CREATE TABLE notice (
     channel SMALLINT NOT NULL,
     event {text} NOT NULL,
     recipient {text} NOT NULL,
-    items {text} NOT NULL,
+    to_owner BOOLEAN NOT NULL,
+    token_ids {text} NOT NULL,
     token_count BIGINT NOT NULL,
     actor {text} NOT NULL,
     reason {text} NOT NULL,
@@ -284,7 +288,9 @@ CREATE TABLE notice (
     due_time BIGINT NOT NULL,
     claim {text} NOT NULL,
     give_up_time BIGINT NOT NULL,
-    last_error {text} NOT NULL
+    last_error {text} NOT NULL,
+    -- Long, and therefore the last.
+    items {text} NOT NULL
 );
 CREATE INDEX notice_by_due_time ON notice (channel, workspace, due_time) WHERE NOT dead;
 CREATE INDEX notice_by_create_time ON notice (create_time, id, channel) WHERE dead;

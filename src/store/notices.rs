@@ -2,11 +2,13 @@
 //!
 //! Invariant: of several servers that tell a step of a token at once, one does (test `each_step_is_told_once_whoever_ticks`).
 
-use std::{fmt::Write as _, time::Duration};
+use std::{collections::HashMap, fmt::Write as _, time::Duration};
 
 use sea_orm::{
-    ActiveValue::Set, ColumnTrait as _, ConnectionTrait as _, DbBackend, EntityTrait as _, QueryFilter as _, QueryOrder as _, QueryResult,
-    QuerySelect as _, Statement, Value, sea_query::Condition,
+    ActiveValue::Set,
+    ColumnTrait as _, ConnectionTrait as _, DbBackend, EntityTrait as _, Iterable as _, QueryFilter as _, QueryOrder as _, QueryResult,
+    QuerySelect as _, Statement, Value,
+    sea_query::{Condition, Expr},
 };
 use serde_json::json;
 
@@ -30,6 +32,12 @@ const ROWS_MAX: usize = 500;
 const SECRETS_MAX: u32 = 5;
 /// A fault is true as long as this holds.
 const TRUE_FAULT: &str = "t.id = f.token_id AND t.expire_time = f.expire_time AND t.delete_time IS NULL AND t.state <> 3";
+/// A fault is shown as long as this holds.
+const WANTED_FAULT: &str = "w.raise_faults AND w.delete_time IS NULL";
+/// Bytes of one statement.
+const BYTES_MAX: usize = 1 << 20;
+/// Tokens of a notice that are shown.
+const TOKENS_SHOWN_MAX: usize = 100;
 
 /// A token that has reached a step, and where its owner gets mail.
 #[derive(Clone, Debug)]
@@ -56,8 +64,6 @@ pub struct Claimed {
 pub enum Settled {
     /// It was delivered, or is not true any more.
     Done,
-    /// It was not tried.
-    Untried,
     /// It is tried again at this instant; why it failed.
     Again(Time, String),
     /// It is not tried again; why.
@@ -66,17 +72,31 @@ pub enum Settled {
 
 /// A notice as it is shown.
 #[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "the proto's comments are these fields' documentation")]
 pub struct NoticeRecord {
-    /// The notice.
-    pub notice: Notice,
-    /// Whether it was given up.
+    pub id: String,
+    pub workspace: String,
+    pub event: Event,
+    pub channel: Channel,
+    pub recipient: String,
+    pub token_ids: Vec<String>,
+    pub token_count: i64,
+    pub create_time: Time,
     pub is_dead: bool,
-    /// How often it was tried.
     pub attempts: i64,
-    /// When it is tried next.
     pub due_time: Time,
-    /// Why the last attempt failed; empty: none was made.
     pub last_error: String,
+}
+
+/// A step that a token has reached.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// The token.
+    pub token_id: TokenId,
+    /// When it ends.
+    pub expire_time: Time,
+    /// The step.
+    pub days_before: u16,
 }
 
 /// Which faults to list. Everything that is said must hold.
@@ -120,20 +140,21 @@ pub struct FaultCounts {
 }
 
 impl Store {
-    /// The workspaces that want to be told something.
+    /// The workspaces that want to be told something, without those that are suspended.
     ///
     /// # Errors
     /// `Unavailable`, `Overloaded`.
     pub async fn wishes(&self) -> Result<Vec<(String, Wishes)>> {
-        let sql = "SELECT id, notices FROM workspace WHERE notices <> '' AND delete_time IS NULL ORDER BY id";
+        let sql =
+            "SELECT id, notices, raise_faults FROM workspace WHERE notices <> '' AND delete_time IS NULL AND NOT suspended ORDER BY id";
         let rows = self.reading("notices", self.reader.query_all_raw(Statement::from_string(self.backend(), sql))).await?;
-        let read = |row: &QueryResult| Ok((text(row, 0)?, wishes_of(&text(row, 1)?)?));
+        let read = |row: &QueryResult| Ok((text(row, 0)?, wishes_of(&text(row, 1)?, row.try_get_by_index(2).map_err(translate)?)?));
         let mut wishes: Vec<(String, Wishes)> = rows.iter().map(read).collect::<Result<_>>()?;
         wishes.retain(|(_, wishes)| wishes.is_on());
         Ok(wishes)
     }
 
-    /// Tokens of a workspace that have reached a step that was not told, of the next some with an end after the given place; and the place where the rest begins,
+    /// Tokens of a workspace that have reached a step that was not told on all ways, of the next some with an end after the given place; and the place where the rest begins,
     /// if there is a rest.
     ///
     /// # Errors
@@ -153,12 +174,14 @@ impl Store {
             values.push((now + Duration::from_hours(24) * u32::from(days)).micros().into());
             let _ = write!(step, "WHEN n.expire_time <= ${} THEN {days} ", values.len());
         }
+        let ways = wishes.ways();
         // The sum keeps PostgreSQL away from an index that leads through every principal.
         let sql = format!(
             "WITH n AS MATERIALIZED (SELECT id, expire_time FROM token WHERE workspace = $1 AND kind = 1 AND delete_time IS NULL AND state + 0 <> 3 \
              AND expire_time <= $2 AND (expire_time, id) > ($3, $4) ORDER BY expire_time, id LIMIT {NEAR_MAX}) \
              SELECT n.id, n.expire_time, FALSE FROM n LEFT JOIN notice_mark m ON m.token_id = n.id AND m.expire_time = n.expire_time \
-             WHERE m.days_before IS NULL OR m.days_before > CASE {step}ELSE 32767 END UNION ALL \
+             WHERE m.days_before IS NULL OR m.days_before > CASE {step}ELSE 32767 END \
+             OR (m.told & {ways} <> {ways} AND m.days_before = CASE {step}ELSE 32767 END) UNION ALL \
              SELECT l.id, l.expire_time, TRUE FROM (SELECT id, expire_time FROM n ORDER BY expire_time, id LIMIT 1 OFFSET {}) AS l",
             NEAR_MAX - 1
         );
@@ -200,10 +223,9 @@ impl Store {
     ///
     /// # Errors
     /// `Unavailable`, `Overloaded`.
-    pub async fn due_destinations(&self, channel: Channel, now: Time, limit: u64) -> Result<Vec<String>> {
-        let sql = format!(
-            "SELECT workspace FROM notice WHERE channel = $1 AND NOT dead AND due_time <= $2 GROUP BY workspace ORDER BY MIN(due_time) LIMIT {limit}"
-        );
+    pub async fn due_destinations(&self, channel: Channel, now: Time) -> Result<Vec<String>> {
+        let sql =
+            "SELECT workspace FROM notice WHERE channel = $1 AND NOT dead AND due_time <= $2 GROUP BY workspace ORDER BY MIN(due_time)";
         let statement = Statement::from_sql_and_values(self.backend(), sql, [channel_number(channel).into(), now.micros().into()]);
         let rows = self.reading("notices_due", self.reader.query_all_raw(statement)).await?;
         rows.iter().map(|row| text(row, 0)).collect()
@@ -227,7 +249,7 @@ impl Store {
             "WITH due AS MATERIALIZED (SELECT id FROM notice WHERE channel = $1 AND workspace = $2 AND NOT dead AND due_time <= $3 \
              ORDER BY due_time, id LIMIT {limit} {lock}) \
              UPDATE notice SET due_time = $4, claim = $5, attempts = attempts + 1 WHERE id IN (SELECT id FROM due) \
-             RETURNING id, workspace, event, recipient, items, actor, reason, create_time, attempts, give_up_time"
+             RETURNING id, workspace, event, recipient, items, actor, reason, create_time, attempts, give_up_time, to_owner, token_count"
         );
         let values: [Value; 5] =
             [channel_number(channel).into(), workspace.into(), now.micros().into(), lease_end.micros().into(), claim.into()];
@@ -235,13 +257,16 @@ impl Store {
         let rows = self.writing("notices_claim", self.writer.query_all_raw(statement)).await?;
         rows.iter()
             .map(|row| {
+                let items = items_of(&text(row, 4)?)?;
                 let notice = Notice {
                     id: text(row, 0)?,
                     workspace: text(row, 1)?,
                     event: Event::of(&text(row, 2)?).ok_or_else(|| damaged("notice.event"))?,
                     channel,
                     recipient: text(row, 3)?,
-                    items: items_of(&text(row, 4)?)?,
+                    to_owner: row.try_get_by_index(10).map_err(translate)?,
+                    unnamed: usize::try_from(number(row, 11)?).unwrap_or(0).saturating_sub(items.len()),
+                    items,
                     actor: text(row, 5)?,
                     reason: text(row, 6)?,
                     create_time: time(row, 7)?,
@@ -265,7 +290,6 @@ impl Store {
         for (id, settled) in settled {
             let (set, values): (&str, Vec<Value>) = match settled {
                 Settled::Done => continue,
-                Settled::Untried => ("due_time = $3, attempts = attempts - 1", vec![now.micros().into()]),
                 Settled::Again(due, error) => ("due_time = $3, last_error = $4", vec![due.micros().into(), error.as_str().into()]),
                 Settled::Dead(error) => ("dead = TRUE, last_error = $3", vec![error.as_str().into()]),
             };
@@ -332,7 +356,7 @@ impl Store {
              COUNT(CASE WHEN f.expire_time > $1 AND f.acknowledge_time IS NOT NULL THEN 1 END), \
              COUNT(CASE WHEN f.expire_time <= $1 AND f.acknowledge_time IS NULL THEN 1 END), \
              COUNT(CASE WHEN f.expire_time <= $1 AND f.acknowledge_time IS NOT NULL THEN 1 END) FROM fault f \
-             WHERE COALESCE((SELECT TRUE FROM token t WHERE {TRUE_FAULT}), FALSE)"
+             WHERE COALESCE((SELECT TRUE FROM token t JOIN workspace w ON w.id = f.workspace WHERE {TRUE_FAULT} AND {WANTED_FAULT}), FALSE)"
         );
         // The look into `token` is no join, which the databases might begin with all tokens.
         let statement = Statement::from_sql_and_values(self.backend(), sql, [now.micros().into()]);
@@ -380,8 +404,8 @@ impl Store {
             .add(notice::Column::Workspace.eq(workspace))
             .add_option(is_dead.map(|is_dead| notice::Column::Dead.eq(is_dead)))
             .add_option(after.map(|id| notice::Column::Id.lt(id)));
-        let query = notice::Entity::find().filter(condition).order_by_desc(notice::Column::Id).limit(limit);
-        let rows = self.reading("notices", query.all(&self.reader)).await?;
+        let query = without_items(notice::Entity::find()).filter(condition).order_by_desc(notice::Column::Id).limit(limit);
+        let rows = self.reading("notices", query.into_model::<notice::Model>().all(&self.reader)).await?;
         rows.into_iter().map(notice_of).collect()
     }
 
@@ -418,7 +442,8 @@ impl Store {
 /// SQLite begins a `CROSS JOIN` with its first table: there are fewer faults than tokens, whatever it has counted.
 const FAULTS: &str = "SELECT f.id, f.workspace, f.token_id, t.display_name, t.hint, t.principal, f.days_before, f.expire_time, f.raise_time, \
                       f.acknowledge_time, f.acknowledged_by FROM fault f CROSS JOIN token t \
-                      WHERE t.id = f.token_id AND t.expire_time = f.expire_time AND t.delete_time IS NULL AND t.state <> 3";
+                      CROSS JOIN workspace w WHERE t.id = f.token_id AND t.expire_time = f.expire_time AND t.delete_time IS NULL AND t.state <> 3 \
+                      AND w.id = f.workspace AND w.raise_faults AND w.delete_time IS NULL";
 
 impl Tx<'_> {
     /// Of these tokens those that live and can end; nobody changes them until this transaction ends. What somebody is just changing is left out.
@@ -456,43 +481,83 @@ impl Tx<'_> {
             .collect()
     }
 
-    /// Notes steps as told; says of which of these tokens they were not told before, nor a nearer one. The tokens must be in the order of their ids: others may
-    /// note the same ones.
+    /// Notes steps as told on these ways; says of which tokens they were not told before, nor a nearer one, and on which ways they are told now. The tokens must be in
+    /// the order of their ids: others may note the same ones.
     ///
     /// # Errors
     /// `Unavailable`.
-    pub async fn mark_steps(&self, marks: &[(TokenId, Time, u16)]) -> Result<Vec<TokenId>> {
-        let mut marked = Vec::with_capacity(marks.len());
-        for chunk in marks.chunks(ROWS_MAX) {
-            let rows = (0..chunk.len()).map(|row| format!("({})", places(3 * row + 1, 3))).collect::<Vec<_>>().join(", ");
-            let sql = format!(
-                "INSERT INTO notice_mark (token_id, expire_time, days_before) VALUES {rows} \
-                 ON CONFLICT (token_id) DO UPDATE SET expire_time = excluded.expire_time, days_before = excluded.days_before \
-                 WHERE notice_mark.expire_time <> excluded.expire_time OR notice_mark.days_before > excluded.days_before RETURNING token_id"
-            );
-            let values = chunk
-                .iter()
-                .flat_map(|(id, end, days)| [Value::from(id.to_string()), Value::from(end.micros()), Value::from(i32::from(*days))]);
-            let statement = Statement::from_sql_and_values(self.store().backend(), sql, values);
-            for row in self.bounded(self.inner().query_all_raw(statement)).await? {
-                marked.push(token_id(&row, 0)?);
+    pub async fn mark_steps(&self, steps: &[Step], ways: i32) -> Result<Vec<(TokenId, i32)>> {
+        let mut marked = Vec::with_capacity(steps.len());
+        for chunk in steps.chunks(ROWS_MAX) {
+            // Whoever comes second waits here for the first, and sees then what that one has told.
+            let new = self.write_marks(chunk.iter().map(|step| (*step, 0)), "DO NOTHING").await?;
+            let known = self.held_marks(chunk).await?;
+            let mut changed = Vec::new();
+            for step in chunk {
+                let Some((known, told)) = known.get(&step.token_id) else { continue };
+                let is_same_end = known.expire_time == step.expire_time;
+                let told = if is_same_end && known.days_before == step.days_before { *told } else { 0 };
+                let is_overtaken = is_same_end && known.days_before < step.days_before;
+                let is_new = new.contains(&step.token_id) || !is_same_end || known.days_before > step.days_before;
+                if !is_overtaken && (is_new || ways & !told != 0) {
+                    changed.push((*step, told | ways));
+                    marked.push((step.token_id, ways & !told));
+                }
             }
+            let update =
+                "(token_id) DO UPDATE SET expire_time = excluded.expire_time, days_before = excluded.days_before, told = excluded.told";
+            self.write_marks(changed.into_iter(), update).await?;
         }
         Ok(marked)
     }
 
-    /// Raises a fault for each of these tokens, under these ids.
+    async fn write_marks(&self, marks: impl ExactSizeIterator<Item = (Step, i32)>, conflict: &str) -> Result<Vec<TokenId>> {
+        if marks.len() == 0 {
+            return Ok(Vec::new());
+        }
+        let rows = (0..marks.len()).map(|row| format!("({})", places(4 * row + 1, 4))).collect::<Vec<_>>().join(", ");
+        let sql = format!(
+            "INSERT INTO notice_mark (token_id, expire_time, days_before, told) VALUES {rows} ON CONFLICT {conflict} RETURNING token_id"
+        );
+        let values = marks.flat_map(|(step, told)| {
+            [step.token_id.to_string().into(), step.expire_time.micros().into(), i32::from(step.days_before).into(), Value::from(told)]
+        });
+        let statement = Statement::from_sql_and_values(self.store().backend(), sql, values);
+        let rows = self.bounded(self.inner().query_all_raw(statement)).await?;
+        rows.iter().map(|row| token_id(row, 0)).collect()
+    }
+
+    /// The marks of these tokens, which nobody else changes until this transaction ends.
+    async fn held_marks(&self, steps: &[Step]) -> Result<HashMap<TokenId, (Step, i32)>> {
+        let lock = if self.store().backend() == DbBackend::Postgres { "FOR UPDATE" } else { "" };
+        let sql = format!(
+            "SELECT token_id, expire_time, days_before, told FROM notice_mark WHERE token_id IN ({}) ORDER BY token_id {lock}",
+            places(1, steps.len())
+        );
+        let values = steps.iter().map(|step| Value::from(step.token_id.to_string()));
+        let statement = Statement::from_sql_and_values(self.store().backend(), sql, values);
+        let rows = self.bounded(self.inner().query_all_raw(statement)).await?;
+        rows.iter()
+            .map(|row| {
+                let step = Step { token_id: token_id(row, 0)?, expire_time: time(row, 1)?, days_before: days(number(row, 2)?)? };
+                let told = i32::try_from(number(row, 3)?).map_err(|_| damaged("notice_mark.told"))?;
+                Ok((step.token_id, (step, told)))
+            })
+            .collect()
+    }
+
+    /// Raises a fault for each of these steps, under these ids.
     ///
     /// # Errors
     /// `Unavailable`.
-    pub async fn raise_faults(&self, workspace: &str, faults: &[(String, TokenId, Time, u16)], now: Time) -> Result<()> {
+    pub async fn raise_faults(&self, workspace: &str, faults: &[(String, Step)], now: Time) -> Result<()> {
         for chunk in faults.chunks(ROWS_MAX) {
-            let rows = chunk.iter().map(|(id, token_id, end, days)| fault::ActiveModel {
+            let rows = chunk.iter().map(|(id, step)| fault::ActiveModel {
                 id: Set(id.clone()),
                 workspace: Set(workspace.to_owned()),
-                token_id: Set(token_id.to_string()),
-                days_before: Set(i32::from(*days)),
-                expire_time: Set(end.micros()),
+                token_id: Set(step.token_id.to_string()),
+                days_before: Set(i32::from(step.days_before)),
+                expire_time: Set(step.expire_time.micros()),
                 raise_time: Set(now.micros()),
                 acknowledge_time: Set(None),
                 acknowledged_by: Set(String::new()),
@@ -507,7 +572,13 @@ impl Tx<'_> {
     async fn remove_faults(&self, faults: &[(String, String)]) -> Result<()> {
         for chunk in faults.chunks(ROWS_MAX) {
             let ids = chunk.iter().map(|(id, _)| Value::from(id.as_str())).collect();
-            self.execute(&format!("DELETE FROM fault WHERE id IN ({})", places(1, chunk.len())), ids).await?;
+            // Looked at once more: an end may have come back meanwhile.
+            let sql = format!(
+                "DELETE FROM fault WHERE id IN ({}) AND NOT EXISTS (SELECT 1 FROM token t WHERE t.id = fault.token_id \
+                 AND t.expire_time = fault.expire_time AND t.delete_time IS NULL AND t.state <> 3)",
+                places(1, chunk.len())
+            );
+            self.execute(&sql, ids).await?;
             // An end that comes back later is told anew.
             let tokens = chunk.iter().map(|(_, token_id)| Value::from(token_id.as_str())).collect();
             let sql = format!(
@@ -525,28 +596,25 @@ impl Tx<'_> {
     /// # Errors
     /// `Unavailable`.
     pub async fn add_notices(&self, notices: &[Notice], give_up_time: Time) -> Result<()> {
-        for chunk in notices.chunks(ROWS_MAX) {
-            let rows = chunk.iter().map(|notice| notice::ActiveModel {
-                id: Set(notice.id.clone()),
-                workspace: Set(notice.workspace.clone()),
-                channel: Set(channel_number(notice.channel)),
-                event: Set(notice.event.name().to_owned()),
-                recipient: Set(notice.recipient.clone()),
-                items: Set(items_text(&notice.items)),
-                token_count: Set(i64::try_from(notice.items.len()).unwrap_or(i64::MAX)),
-                actor: Set(notice.actor.clone()),
-                reason: Set(notice.reason.clone()),
-                create_time: Set(notice.create_time.micros()),
-                dead: Set(false),
-                attempts: Set(0),
-                due_time: Set(notice.create_time.micros()),
-                claim: Set(String::new()),
-                give_up_time: Set(give_up_time.micros()),
-                last_error: Set(String::new()),
-            });
-            self.bounded(notice::Entity::insert_many(rows).exec_without_returning(self.inner())).await?;
+        let (mut rows, mut bytes) = (Vec::new(), 0);
+        for notice in notices {
+            let row = row_of(notice, give_up_time);
+            bytes += row.items.len();
+            rows.push(row);
+            if rows.len() == ROWS_MAX || bytes >= BYTES_MAX {
+                self.insert_notices(std::mem::take(&mut rows)).await?;
+                bytes = 0;
+            }
         }
-        Ok(())
+        self.insert_notices(rows).await
+    }
+
+    async fn insert_notices(&self, rows: Vec<notice::Model>) -> Result<()> {
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let insert = notice::Entity::insert_many(rows.into_iter().map(sea_orm::IntoActiveModel::into_active_model));
+        self.bounded(insert.exec_without_returning(self.inner())).await.map(drop)
     }
 
     /// The names and mail addresses of principals; no address of those that are suspended.
@@ -594,17 +662,16 @@ impl Tx<'_> {
     /// `Unavailable`.
     pub async fn notice(&self, id: &str, workspace: Option<&str>) -> Result<Option<NoticeRecord>> {
         let condition = Condition::all().add_option(workspace.map(|workspace| notice::Column::Workspace.eq(workspace)));
-        let query = notice::Entity::find_by_id(id.to_owned()).filter(condition);
-        self.bounded(query.one(self.inner())).await?.map(notice_of).transpose()
+        let query = without_items(notice::Entity::find_by_id(id.to_owned())).filter(condition);
+        self.bounded(query.into_model::<notice::Model>().one(self.inner())).await?.map(notice_of).transpose()
     }
 
-    /// Makes a notice due now, and gives it time until `give_up_time`. Whoever is trying it goes on.
+    /// Makes a notice due now, and gives it time until `give_up_time`. What becomes of an attempt that is under way counts only if it is delivered.
     ///
     /// # Errors
     /// `Unavailable`.
     pub async fn retry_notice(&self, id: &str, give_up_time: Time, now: Time) -> Result<()> {
-        let sql =
-            "UPDATE notice SET dead = FALSE, give_up_time = $1, due_time = CASE WHEN claim = '' THEN $2 ELSE due_time END WHERE id = $3";
+        let sql = "UPDATE notice SET dead = FALSE, give_up_time = $1, due_time = $2, claim = '' WHERE id = $3";
         self.execute(sql, vec![give_up_time.micros().into(), now.micros().into(), id.into()]).await.map(drop)
     }
 
@@ -683,23 +750,50 @@ fn fault_of(row: &QueryResult) -> Result<FaultRecord> {
     })
 }
 
+/// What a notice is about may be long: lists leave it out.
+fn without_items(query: sea_orm::Select<notice::Entity>) -> sea_orm::Select<notice::Entity> {
+    let columns = notice::Column::iter().filter(|column| !matches!(column, notice::Column::Items));
+    query.select_only().columns(columns).column_as(Expr::val("[]"), "items")
+}
+
+fn row_of(notice: &Notice, give_up_time: Time) -> notice::Model {
+    let shown = notice.items.iter().take(TOKENS_SHOWN_MAX).map(|item| item.token_id.to_string());
+    notice::Model {
+        id: notice.id.clone(),
+        workspace: notice.workspace.clone(),
+        channel: channel_number(notice.channel),
+        event: notice.event.name().to_owned(),
+        recipient: notice.recipient.clone(),
+        to_owner: notice.to_owner,
+        token_ids: shown.collect::<Vec<_>>().join(" "),
+        token_count: i64::try_from(notice.items.len() + notice.unnamed).unwrap_or(i64::MAX),
+        actor: notice.actor.clone(),
+        reason: notice.reason.clone(),
+        create_time: notice.create_time.micros(),
+        dead: false,
+        attempts: 0,
+        due_time: notice.create_time.micros(),
+        claim: String::new(),
+        give_up_time: give_up_time.micros(),
+        last_error: String::new(),
+        items: items_text(&notice.items),
+    }
+}
+
 fn notice_of(row: notice::Model) -> Result<NoticeRecord> {
     Ok(NoticeRecord {
+        id: row.id,
+        workspace: row.workspace,
+        event: Event::of(&row.event).ok_or_else(|| damaged("notice.event"))?,
+        channel: channel_of(row.channel)?,
+        recipient: row.recipient,
+        token_ids: row.token_ids.split_ascii_whitespace().map(str::to_owned).collect(),
+        token_count: row.token_count,
+        create_time: Time::from_micros(row.create_time),
         is_dead: row.dead,
         attempts: row.attempts,
         due_time: Time::from_micros(row.due_time),
         last_error: row.last_error,
-        notice: Notice {
-            id: row.id,
-            workspace: row.workspace,
-            event: Event::of(&row.event).ok_or_else(|| damaged("notice.event"))?,
-            channel: channel_of(row.channel)?,
-            recipient: row.recipient,
-            items: items_of(&row.items)?,
-            actor: row.actor,
-            reason: row.reason,
-            create_time: Time::from_micros(row.create_time),
-        },
     })
 }
 
@@ -744,8 +838,8 @@ fn items_of(text: &str) -> Result<Vec<Item>> {
     rows.into_iter().map(item).collect()
 }
 
-/// What a workspace wants to be told, in the order of the fields of [`Wishes`].
-type WishesRow = (Vec<u16>, bool, Vec<String>, bool, String, Vec<String>, String, i64);
+/// What a workspace wants to be told, in the order of the fields of [`Wishes`], without `raise_faults`, which has a column of its own.
+type WishesRow = (Vec<u16>, Vec<String>, bool, String, Vec<String>, String, i64);
 
 /// The column of a workspace's wishes; nothing if they are as usual.
 pub(super) fn wishes_text(wishes: &Wishes) -> String {
@@ -753,26 +847,17 @@ pub(super) fn wishes_text(wishes: &Wishes) -> String {
         return String::new();
     }
     let events: Vec<&str> = wishes.events.iter().map(|event| event.name()).collect();
-    json!([
-        wishes.days_before,
-        wishes.raise_faults,
-        wishes.emails,
-        wishes.mail_owner,
-        wishes.webhook_url,
-        events,
-        wishes.renew_url,
-        wishes.since.micros(),
-    ])
-    .to_string()
+    json!([wishes.days_before, wishes.emails, wishes.mail_owner, wishes.webhook_url, events, wishes.renew_url, wishes.since.micros(),])
+        .to_string()
 }
 
-/// The wishes in that column.
-pub(super) fn wishes_of(text: &str) -> Result<Wishes> {
+/// The wishes in these columns.
+pub(super) fn wishes_of(text: &str, raise_faults: bool) -> Result<Wishes> {
     if text.is_empty() {
         return Ok(Wishes::default());
     }
     let row: WishesRow = serde_json::from_str(text).map_err(|_| damaged("workspace.notices"))?;
-    let (days_before, raise_faults, emails, mail_owner, webhook_url, events, renew_url, since) = row;
+    let (days_before, emails, mail_owner, webhook_url, events, renew_url, since) = row;
     let events = events.iter().map(|name| Event::of(name).ok_or_else(|| damaged("workspace.notices"))).collect::<Result<_>>()?;
     let since = Time::from_micros(since);
     Ok(Wishes { days_before, raise_faults, emails, mail_owner, webhook_url, events, renew_url, since })
@@ -791,8 +876,8 @@ mod tests {
             since: Time::from_micros(7),
             ..Wishes::default()
         };
-        assert_eq!(wishes_of(&wishes_text(&wishes)).expect("ours"), wishes);
+        assert_eq!(wishes_of(&wishes_text(&wishes), false).expect("ours"), wishes);
         assert_eq!(wishes_text(&Wishes { since: Time::from_micros(7), ..Wishes::default() }), "");
-        assert_eq!(wishes_of("").expect("nothing"), Wishes::default());
+        assert_eq!(wishes_of("", false).expect("nothing"), Wishes::default());
     }
 }

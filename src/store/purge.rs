@@ -70,13 +70,14 @@ impl Tx<'_> {
     /// `Unavailable`.
     pub async fn purge_tokens(&mut self, tokens: &[Expendable]) -> Result<()> {
         self.touch(tokens.iter().flat_map(|token| &token.digests).copied().map(Subject::Token));
+        // The tokens first, as everybody does who holds them and notes something of them.
         let places = (1..=tokens.len()).map(|number| format!("${number}")).collect::<Vec<_>>().join(", ");
         for (table, column) in [
+            ("token", "id"),
             ("token_audience", "token_id"),
             ("token_usage", "token_id"),
             ("notice_mark", "token_id"),
             ("fault", "token_id"),
-            ("token", "id"),
         ] {
             let values = tokens.iter().map(|token| Value::from(token.id.to_string())).collect();
             self.execute(&format!("DELETE FROM {table} WHERE {column} IN ({places})"), values).await?;

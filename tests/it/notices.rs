@@ -15,7 +15,7 @@ use tonic::Code;
 
 use crate::{
     mailbox::{MailTls, Mailbox, MailboxOptions, Mode},
-    receiver::{Call, Receiver},
+    receiver::{Behaviour, Call, Receiver},
     world::{Actor, BEGINNING, World, eventually, lax_policy, new_token},
 };
 
@@ -27,6 +27,8 @@ crate::on_both_databases!(
     a_server_that_was_down_tells_later,
     wishes_that_come_later_are_told_what_is_near,
     temporary_tokens_cause_no_notices_but_of_leaks,
+    a_suspended_workspace_tells_nothing,
+    a_bulk_revocation_tells_in_bounded_mails,
 );
 
 const DAY: Duration = Duration::from_hours(24);
@@ -325,7 +327,7 @@ async fn events_are_told_where_the_workspace_wants_them(world: World) {
         email: "ada@example.test".to_owned(),
         ..Default::default()
     };
-    let message = proto::UpsertPrincipalRequest { principal: Some(ada), ..Default::default() };
+    let message = proto::UpsertPrincipalRequest { principal: Some(ada) };
     root.principals().upsert_principal(root.request(message)).await.expect("made");
     let for_ada = async |name: &str| {
         let created = admin.create(proto::CreateTokenRequest { principal: "ada".to_owned(), ..new_token(name, &["keyward:self"]) }).await;
@@ -442,6 +444,85 @@ async fn wishes_that_come_later_are_told_what_is_near(world: World) {
     receiver.wait_for(2, SOON).await;
     scanned(&world).await;
     assert_eq!(told(&receiver.calls()), [entry("token.expiring", "near", Some(10)), entry("token.expiring", "near", Some(14))]);
+    // A way that is added later tells the step that the others told before, and only that way; faults are there as soon as they are wanted, and no longer.
+    let root = world.root().await;
+    assert!(faults(&root).await.is_empty());
+    let all = proto::Notices { webhook_url: receiver.url("/other"), raise_faults: true, days_before: vec![20, 10], ..Default::default() };
+    wish(&world, all.clone()).await;
+    assert_eq!(faults(&root).await.iter().map(|fault| fault.days_before).collect::<Vec<_>>(), [10, 14]);
+    wish(&world, proto::Notices { webhook_url: String::new(), ..all.clone() }).await;
+    ending(&root, &world, "nearer", 5 * DAY).await;
+    eventually("a fault", async || (faults(&root).await.len() == 3).then_some(())).await;
+    assert_eq!(receiver.calls().len(), 2);
+    wish(&world, all.clone()).await;
+    receiver.wait_for(3, SOON).await;
+    scanned(&world).await;
+    assert_eq!(told(&receiver.calls())[2], entry("token.expiring", "nearer", Some(10)));
+    assert_eq!(receiver.calls().len(), 3);
+    wish(&world, proto::Notices { raise_faults: false, ..all }).await;
+    assert!(faults(&root).await.is_empty(), "nobody wants them");
+}
+
+async fn a_suspended_workspace_tells_nothing(world: World) {
+    let receiver = Receiver::start().await;
+    let world = alert(world, &[]).await;
+    world.add_workspace("shop", "shop").await;
+    let shop = world.actor_in("shop", "ann", &["keyward:admin"]).await;
+    let notices = Some(proto::Notices { webhook_url: receiver.url("/hook"), days_before: vec![7], ..Default::default() });
+    let workspace = proto::Workspace { id: "shop".to_owned(), notices, ..Default::default() };
+    shop.update_workspace(workspace, &["notices"]).await.expect("changed");
+    let root = world.root().await;
+    receiver.set(Behaviour::Status(500));
+    ending(&shop, &world, "waits", 5 * DAY).await;
+    receiver.wait_for(1, SOON).await;
+    let suspend = proto::SuspendWorkspaceRequest { id: "shop".to_owned(), ..Default::default() };
+    root.workspaces().suspend_workspace(root.request(suspend)).await.expect("suspended");
+    receiver.set(Behaviour::Ok);
+    let before = receiver.calls().len();
+    world.advance(Duration::from_hours(5));
+    eventually("word of the suspension", async || {
+        let message = proto::ListNoticesRequest { workspace: "shop".to_owned(), ..Default::default() };
+        let found = root.notices().list_notices(root.request(message)).await.expect("a list").into_inner().notices;
+        world.advance(Duration::from_mins(5));
+        found.iter().any(|notice| notice.last_error.contains("suspended")).then_some(())
+    })
+    .await;
+    assert_eq!(receiver.calls().len(), before, "nothing goes out");
+    let resume = proto::ResumeWorkspaceRequest { id: "shop".to_owned(), ..Default::default() };
+    root.workspaces().resume_workspace(root.request(resume)).await.expect("resumed");
+    eventually("what waited", async || {
+        world.advance(Duration::from_mins(10));
+        (receiver.calls().len() > before).then_some(())
+    })
+    .await;
+}
+
+async fn a_bulk_revocation_tells_in_bounded_mails(world: World) {
+    const TOKENS: usize = 250;
+    let Some((mailbox, settings)) = mailbox() else { return };
+    let receiver = Receiver::start().await;
+    let settings: Vec<(&str, &str)> = settings.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let world = alert(world, &settings).await;
+    let root = world.root().await;
+    wish(&world, proto::Notices::default()).await;
+    for number in 0..TOKENS {
+        let message =
+            proto::CreateTokenRequest { principal: "crowd".to_owned(), ..new_token(&format!("token {number:03}"), &["agents:list"]) };
+        root.create(message).await.expect("created");
+    }
+    let emails = "a@example.test; b@example.test".to_owned();
+    let events = vec![NoticeEvent::TokenRevoked.into()];
+    wish(&world, proto::Notices { emails, webhook_url: receiver.url("/hook"), events, ..Default::default() }).await;
+    assert_eq!(root.revoke_principal("crowd").await.expect("revoked"), TOKENS as i32);
+    let mails = mailbox.wait_for(2, SOON).await;
+    for mail in &mails {
+        let text = mail.text.as_deref().expect("text");
+        assert!(mail.subject.contains("250 tokens were revoked"), "{}", mail.subject);
+        assert!(text.contains("- and 150 more") && text.matches("- token ").count() == 100, "{text}");
+    }
+    assert_eq!(receiver.wait_for(TOKENS, SOON).await.len(), TOKENS, "each has its call");
+    eventually("an empty outbox", async || pending(&root).await.is_empty().then_some(())).await;
+    assert_eq!(mailbox.mails().len(), 2, "one for each address");
 }
 
 async fn temporary_tokens_cause_no_notices_but_of_leaks(world: World) {
