@@ -108,7 +108,7 @@ const STATE: &str = r#"AND ("token"."state" ="#;
 
 /// What must be among the statements that were seen. The lists are looked for by themselves.
 const LOOK_UPS: [&str; 48] = [
-    "SELECT id, notices FROM workspace WHERE notices <> ''",
+    "SELECT id, notices, raise_faults FROM workspace WHERE notices <> ''",
     "AS MATERIALIZED (SELECT id, expire_time FROM token WHERE workspace = $1 AND kind = 1",
     "WHERE t.id IN ($1",
     "SELECT COUNT(CASE WHEN f.expire_time",
