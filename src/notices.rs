@@ -44,7 +44,7 @@ pub use crate::store::{FaultCounts, FaultRecord, NoticeRecord};
 /// How long a notice is tried.
 const GIVE_UP: Duration = Duration::from_hours(72);
 /// How many receivers are served at once.
-const MAIL_WORKERS_MAX: u32 = 8;
+const MAIL_WORKERS_MAX: u32 = 4;
 const WEBHOOK_WORKERS_MAX: u32 = 32;
 
 /// How notices leave this server.

@@ -24,8 +24,9 @@ use crate::{
 
 /// For how long nobody else tries what was taken up: longer than a group takes at worst.
 const LEASE: Duration = Duration::from_mins(3);
-/// Notices that are tried at once, to one receiver.
-const GROUP: usize = 16;
+/// Notices that are tried at once, to one receiver. Mails wait for the turns of the mail server, which all of them share.
+const CALLS_GROUP: u64 = 16;
+const MAILS_GROUP: u64 = 8;
 /// How long a receiver is served before others have their turn.
 const SERVICE_TIME: Duration = Duration::from_secs(15);
 /// The pause before a notice is tried again: as long at first, doubled each time, as long at most; half as much less or more, by chance.
@@ -114,8 +115,11 @@ impl Notices {
         while !self.is_stopping.load(Ordering::SeqCst) && watch.elapsed() < SERVICE_TIME {
             let now = self.clock.now();
             let claim = token::notice_id(now)?;
-            let limit = if failures == 0 { GROUP } else { 1 };
-            let limit = u64::try_from(limit).unwrap_or(1);
+            let limit = match channel {
+                _ if failures > 0 => 1,
+                Channel::Mail => MAILS_GROUP,
+                Channel::Webhook => CALLS_GROUP,
+            };
             let claimed = self.store.claim_notices(channel, workspace, &claim, limit, now, now + LEASE).await?;
             if claimed.is_empty() {
                 return Ok(true);

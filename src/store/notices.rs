@@ -181,7 +181,7 @@ impl Store {
              AND expire_time <= $2 AND (expire_time, id) > ($3, $4) ORDER BY expire_time, id LIMIT {NEAR_MAX}) \
              SELECT n.id, n.expire_time, FALSE FROM n LEFT JOIN notice_mark m ON m.token_id = n.id AND m.expire_time = n.expire_time \
              WHERE m.days_before IS NULL OR m.days_before > CASE {step}ELSE 32767 END \
-             OR (m.told & {ways} <> {ways} AND m.days_before = CASE {step}ELSE 32767 END) UNION ALL \
+             OR ((m.told & {ways}) <> {ways} AND m.days_before = CASE {step}ELSE 32767 END) UNION ALL \
              SELECT l.id, l.expire_time, TRUE FROM (SELECT id, expire_time FROM n ORDER BY expire_time, id LIMIT 1 OFFSET {}) AS l",
             NEAR_MAX - 1
         );
