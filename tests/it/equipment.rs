@@ -178,6 +178,8 @@ fn the_receiver_notes_calls_and_behaves_as_it_is_told() {
         let begin = Instant::now();
         assert_eq!(status("/").await, 200);
         assert!(begin.elapsed() >= Duration::from_millis(50));
+        // The caller has its answer a moment before the receiver has ended with it.
+        receiver.wait_under_way(0, SOON).await;
 
         receiver.set(Behaviour::Hang);
         let waiting: Vec<_> = (0..3).map(|_| tokio::spawn(client.get(receiver.url("/")).send())).collect();
