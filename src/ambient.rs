@@ -43,6 +43,13 @@ impl Time {
         self.0.div_euclid(1_000_000)
     }
 
+    /// As it goes over the wire; nothing if it is [`Time::NEVER`].
+    #[must_use]
+    pub fn to_timestamp(self) -> Option<prost_types::Timestamp> {
+        let nanos = i32::try_from(self.0.rem_euclid(1_000_000) * 1000).unwrap_or(0);
+        (self != Self::NEVER).then_some(prost_types::Timestamp { seconds: self.seconds(), nanos })
+    }
+
     /// Milliseconds since 1970, none before it.
     #[must_use]
     pub fn millis(self) -> u64 {

@@ -7,7 +7,10 @@
 //!
 //! Invariant: what was read before a change is never found after the change was announced (tests `a_slow_read_is_not_admitted`,
 //! `a_change_of_a_workspace_reaches_all_that_hangs_on_it`).
-//! Invariant: a hit takes no lock that tombstones are under; entries age from their write, never from their last use.
+//! Invariant: a hit takes no lock and writes nothing that another reader of the same token writes again; entries age from their write, never from
+//! their last use.
+
+mod table;
 
 use std::{
     collections::HashMap,
@@ -20,7 +23,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use quick_cache::{UnitWeighter, Weighter, sync};
+use quick_cache::{Weighter, sync};
 
 use crate::{
     ambient::Stopwatch,
@@ -28,6 +31,8 @@ use crate::{
     scope::Routes,
     token::Digest,
 };
+
+use table::{Place, Stamp, Table};
 
 /// A read of the store that took longer is used by its caller only, and by nobody who joined it.
 const READ_AGE_MAX: Duration = Duration::from_secs(10);
@@ -45,7 +50,7 @@ const STANDINGS_MAX: usize = 10_000;
 #[derive(Clone, Debug)]
 pub enum Fact {
     /// A token.
-    Grant(Arc<Grant>),
+    Grant(Grant),
     /// No token. A digest is made once, so this stays true.
     Absent,
 }
@@ -94,6 +99,15 @@ struct Marks([u16; 2]);
 
 impl Marks {
     const NONE: Self = Self([0; 2]);
+
+    fn of_word(word: u64) -> Self {
+        let [a, b, c, d, ..] = word.to_le_bytes();
+        Self([u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])])
+    }
+
+    fn word(self) -> u64 {
+        u64::from(self.0[0]) | u64::from(self.0[1]) << 16
+    }
 }
 
 /// Tells which mark a subject has. No two processes tell alike, so that nobody finds out whose entries are out of date with whose.
@@ -103,7 +117,7 @@ struct Marker(RandomState);
 impl Marker {
     fn of_fact(&self, fact: &Fact) -> Marks {
         match fact {
-            Fact::Grant(grant) => Marks([self.workspace(&grant.workspace), self.principal(&grant.workspace, &grant.principal)]),
+            Fact::Grant(grant) => Marks([self.workspace(grant.workspace()), self.principal(grant.workspace(), grant.principal())]),
             Fact::Absent => Marks::NONE,
         }
     }
@@ -169,7 +183,7 @@ pub struct Ticket {
 
 /// Facts by digest.
 pub struct Cache {
-    facts: sync::Cache<Digest, Entry<Fact>, UnitWeighter, DigestState>,
+    facts: Table,
     routes: sync::Cache<Arc<str>, Entry<Arc<Routes>>, BytesWeighter>,
     standings: sync::Cache<(Arc<str>, Arc<str>), Entry<Standing>>,
     marker: Marker,
@@ -181,19 +195,11 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// Room for this many tokens.
+    /// Room for facts of about this many bytes, all in; at least 4 MiB.
     #[must_use]
-    pub fn new(tokens_max: usize) -> Self {
-        let weight_max = u64::try_from(tokens_max).unwrap_or(u64::MAX);
+    pub fn new(bytes_max: usize) -> Self {
         Self {
-            // The map grows as it fills: a small installation does not pay for the room of a large one.
-            facts: sync::Cache::with(
-                tokens_max.min(1024),
-                weight_max,
-                UnitWeighter,
-                DigestState::default(),
-                sync::DefaultLifecycle::default(),
-            ),
+            facts: Table::new(bytes_max),
             routes: sync::Cache::with_weighter(1024, ROUTES_BYTES_MAX, BytesWeighter),
             standings: sync::Cache::new(STANDINGS_MAX),
             marker: Marker::default(),
@@ -207,7 +213,20 @@ impl Cache {
     /// What is known of a digest.
     #[must_use]
     pub fn get(&self, digest: &Digest) -> Option<Fact> {
-        self.facts.get(digest).and_then(|entry| self.current(entry))
+        let (stamp, value) = self.facts.get(digest)?;
+        let is_current = self.is_current(Marks::of_word(stamp.marks), stamp.generation);
+        is_current.then(|| if value.is_empty() { Fact::Absent } else { Fact::Grant(Grant::from_memory(value)) })
+    }
+
+    /// Asked for all digests of a batch before [`Cache::get`] is asked for the first: then the processor waits for memory once and not for each of them.
+    pub fn bring_near(&self, digests: impl Iterator<Item = Digest> + Clone) {
+        let mut places = smallvec::SmallVec::<[Option<Place>; 128]>::new();
+        places.extend(digests.clone().map(|digest| self.facts.locate(&digest)));
+        for (digest, place) in digests.zip(places) {
+            if let Some(place) = place {
+                self.facts.touch(&digest, place);
+            }
+        }
     }
 
     /// The routes of a workspace, if they are known.
@@ -239,7 +258,13 @@ impl Cache {
     /// Whether none is.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.facts.is_empty()
+        self.len() == 0
+    }
+
+    /// Bytes of memory that they take, all in.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.facts.bytes()
     }
 
     /// To be taken before a read of the store is sent.
@@ -250,8 +275,8 @@ impl Cache {
 
     /// Takes up what was read, unless it may be out of date. Only what was admitted may be told to those who joined the read.
     #[must_use]
-    pub fn admit(&self, digest: Digest, fact: Fact, ticket: Ticket) -> bool {
-        let marks = self.marker.of_fact(&fact);
+    pub fn admit(&self, digest: Digest, fact: &Fact, ticket: Ticket) -> bool {
+        let marks = self.marker.of_fact(fact);
         let tombstones = self.shard(&digest).lock();
         let late = |tombstone: &Tombstone| tombstone.embargoes > 0 || tombstone.generation > ticket.generation;
         let buried = tombstones.get(&digest).is_some_and(late);
@@ -260,7 +285,11 @@ impl Cache {
             return false;
         }
         // Under the lock, so that no change is announced between the look at its tombstone and the insertion.
-        self.facts.insert(digest, Entry { value: fact, generation: ticket.generation, marks });
+        let value = match fact {
+            Fact::Grant(grant) => grant.as_memory(),
+            Fact::Absent => &[],
+        };
+        self.facts.insert(&digest, Stamp { generation: ticket.generation, marks: marks.word() }, value);
         true
     }
 
@@ -369,6 +398,7 @@ impl Cache {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::grant::Facts;
 
     fn digest(byte: u8) -> Digest {
         Digest::from_slice(&[byte; 24]).expect("24 bytes")
@@ -379,19 +409,19 @@ mod tests {
     }
 
     fn grant_of(workspace: &str, principal: &str) -> Fact {
-        Fact::Grant(Arc::new(Grant { workspace: workspace.into(), principal: principal.into(), ..Grant::example("ci") }))
+        Fact::Grant(Grant::of(&Facts { workspace: workspace.into(), principal: principal.into(), ..Facts::example("ci") }))
     }
 
     #[test]
     fn a_change_of_a_workspace_reaches_all_that_hangs_on_it() {
-        let cache = Cache::new(10);
+        let cache = Cache::new(0);
         let (ours, theirs): (Arc<str>, Arc<str>) = ("ours".into(), "theirs".into());
         let known = || [digest(1), digest(2), digest(3)].map(|digest| cache.get(&digest).is_some());
         let fill = || {
             let ticket = cache.ticket();
-            cache.admit(digest(1), grant_of("ours", "alice"), ticket)
-                && cache.admit(digest(2), grant_of("ours", "bob"), ticket)
-                && cache.admit(digest(3), grant_of("theirs", "alice"), ticket)
+            cache.admit(digest(1), &grant_of("ours", "alice"), ticket)
+                && cache.admit(digest(2), &grant_of("ours", "bob"), ticket)
+                && cache.admit(digest(3), &grant_of("theirs", "alice"), ticket)
                 && cache.admit_routes(&ours, &Arc::default(), ticket)
                 && cache.admit_standing(&theirs, &"alice".into(), Standing { is_suspended: false, is_admin: false }, ticket)
         };
@@ -406,11 +436,11 @@ mod tests {
         assert!(cache.routes("ours").is_none() && cache.standing(&theirs, &"alice".into()).is_some());
         let slow = cache.ticket();
         cache.embargo(&alice);
-        assert!(!cache.admit(digest(1), grant_of("ours", "alice"), slow), "read before the change");
-        assert!(!cache.admit(digest(1), grant_of("ours", "alice"), cache.ticket()), "read during the change");
+        assert!(!cache.admit(digest(1), &grant_of("ours", "alice"), slow), "read before the change");
+        assert!(!cache.admit(digest(1), &grant_of("ours", "alice"), cache.ticket()), "read during the change");
         let during = cache.ticket();
         cache.lift(&alice);
-        assert!(!cache.admit(digest(1), grant_of("ours", "alice"), during), "read during the change, and late");
+        assert!(!cache.admit(digest(1), &grant_of("ours", "alice"), during), "read during the change, and late");
         assert!(fill());
         cache.clear();
         assert_eq!(known(), [false; 3]);
@@ -419,76 +449,66 @@ mod tests {
 
     #[test]
     fn a_slow_read_is_not_admitted() {
-        let cache = Cache::new(10);
+        let cache = Cache::new(0);
         let before = cache.ticket();
         cache.bury(&token(1));
-        assert!(!cache.admit(digest(1), Fact::Absent, before), "the read began before the change was announced");
+        assert!(!cache.admit(digest(1), &Fact::Absent, before), "the read began before the change was announced");
         assert!(cache.get(&digest(1)).is_none());
-        assert!(cache.admit(digest(2), Fact::Absent, before), "another token is not touched");
-        assert!(cache.admit(digest(1), Fact::Absent, cache.ticket()), "a read that begins after it is admitted");
+        assert!(cache.admit(digest(2), &Fact::Absent, before), "another token is not touched");
+        assert!(cache.admit(digest(1), &Fact::Absent, cache.ticket()), "a read that begins after it is admitted");
         assert!(cache.get(&digest(1)).is_some());
     }
 
     #[test]
     fn an_embargo_lasts_until_the_change_is_certain() {
-        let cache = Cache::new(10);
+        let cache = Cache::new(0);
         cache.embargo(&token(1));
         cache.embargo(&token(1));
         cache.prune();
         for end in [Cache::bury, Cache::lift, Cache::bury] {
-            assert!(!cache.admit(digest(1), Fact::Absent, cache.ticket()));
+            assert!(!cache.admit(digest(1), &Fact::Absent, cache.ticket()));
             end(&cache, &token(1));
         }
         let before = cache.ticket();
         cache.lift(&token(1));
-        assert!(!cache.admit(digest(1), Fact::Absent, before), "what was read under the embargo may be old");
-        assert!(cache.admit(digest(1), Fact::Absent, cache.ticket()));
+        assert!(!cache.admit(digest(1), &Fact::Absent, before), "what was read under the embargo may be old");
+        assert!(cache.admit(digest(1), &Fact::Absent, cache.ticket()));
     }
 
     #[test]
     fn clearing_forgets_what_is_known_and_what_is_on_its_way() {
-        let cache = Cache::new(10);
+        let cache = Cache::new(0);
         let before = cache.ticket();
-        assert!(cache.admit(digest(1), Fact::Absent, before));
+        assert!(cache.admit(digest(1), &Fact::Absent, before));
         cache.clear();
-        assert!(cache.is_empty() && !cache.admit(digest(2), Fact::Absent, before));
-        assert!(cache.admit(digest(2), Fact::Absent, cache.ticket()));
+        assert!(cache.is_empty() && !cache.admit(digest(2), &Fact::Absent, before));
+        assert!(cache.admit(digest(2), &Fact::Absent, cache.ticket()));
     }
 
     #[test]
     fn a_change_removes_what_was_known() {
-        let cache = Cache::new(10);
-        assert!(cache.admit(digest(1), Fact::Absent, cache.ticket()));
+        let cache = Cache::new(0);
+        assert!(cache.admit(digest(1), &Fact::Absent, cache.ticket()));
         cache.bury(&token(1));
         assert!(cache.get(&digest(1)).is_none());
     }
 
     #[test]
-    fn the_cache_is_bounded() {
-        let cache = Cache::new(100);
-        for _ in 0..10_000 {
-            let bytes = crate::ambient::random::<24>().expect("randomness");
-            assert!(cache.admit(Digest::from_slice(&bytes).expect("24 bytes"), Fact::Absent, cache.ticket()));
-        }
-        assert!((50..=100).contains(&cache.len()), "{}", cache.len());
-    }
-
-    #[test]
     fn young_tombstones_survive_pruning() {
-        let cache = Cache::new(10);
+        let cache = Cache::new(0);
         let before = cache.ticket();
         cache.bury(&token(1));
         cache.prune();
-        assert!(!cache.admit(digest(1), Fact::Absent, before));
+        assert!(!cache.admit(digest(1), &Fact::Absent, before));
     }
 
     /// Readers and changers at once: a version that was announced is never undercut by what a reader finds.
     #[test]
     fn no_interleaving_brings_an_old_fact_back() {
-        let cache = Cache::new(10);
+        let cache = Cache::new(0);
         let store = AtomicU64::new(0);
         let announced = AtomicU64::new(0);
-        let grant = |version: u64| Fact::Grant(Arc::new(Grant::example(&version.to_string())));
+        let grant = |version: u64| Fact::Grant(Grant::of(&Facts::example(&version.to_string())));
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 for version in 1..20_000 {
@@ -502,12 +522,12 @@ mod tests {
                     for _ in 0..40_000 {
                         let floor = announced.load(Ordering::SeqCst);
                         if let Some(Fact::Grant(found)) = cache.get(&digest(1)) {
-                            assert!(found.display_name.parse::<u64>().expect("a number") >= floor);
+                            assert!(found.display_name().parse::<u64>().expect("a number") >= floor);
                         } else {
                             let ticket = cache.ticket();
                             let read = store.load(Ordering::SeqCst);
                             std::thread::yield_now();
-                            let _ = cache.admit(digest(1), grant(read), ticket);
+                            let _ = cache.admit(digest(1), &grant(read), ticket);
                         }
                     }
                 });

@@ -31,6 +31,53 @@ pub enum Access {
     Validate,
 }
 
+/// What a caller may do on Keyward itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Rights(u8);
+
+impl Rights {
+    /// Those among these scopes.
+    #[must_use]
+    pub fn of<'a>(scopes: impl Iterator<Item = &'a str>) -> Self {
+        Self(scopes.filter_map(Right::named).fold(0, |rights, right| rights | 1 << right as u8))
+    }
+
+    fn hold(self, right: Right) -> bool {
+        self.0 & 1 << right as u8 != 0
+    }
+
+    fn are_an_admins(self) -> bool {
+        self.hold(Right::Root) || self.hold(Right::Admin)
+    }
+
+    /// Refuses a method that asks for more.
+    ///
+    /// # Errors
+    /// `Denied`, with the scope that is missing.
+    pub fn authorize(self, access: Access) -> Result<()> {
+        let (allowed, refusal) = match access {
+            Access::Public | Access::Known => return Ok(()),
+            Access::Own => (
+                self.are_an_admins() || self.hold(Right::Own),
+                "this method needs a token with keyward:self, keyward:admin or keyward:root",
+            ),
+            Access::Admin => (self.are_an_admins(), "this method needs a token with keyward:admin or keyward:root"),
+            Access::Root => (self.hold(Right::Root), "this method needs a token with keyward:root"),
+            Access::Validate => (
+                self.are_an_admins() || self.hold(Right::Validate) || self.hold(Right::ValidateAny),
+                "this method needs a token with keyward:validate, keyward:validate-any, keyward:admin or keyward:root",
+            ),
+        };
+        if allowed { Ok(()) } else { Err(Error::Denied(refusal.to_owned())) }
+    }
+
+    /// The only workspace whose tokens a holder of `workspace` may ask about; nothing: every one.
+    #[must_use]
+    pub fn validation_reach(self, workspace: &str) -> Option<&str> {
+        if self.hold(Right::Root) || self.hold(Right::ValidateAny) { None } else { Some(workspace) }
+    }
+}
+
 /// A caller whose token or certificate was found good for this very call.
 #[derive(Clone, Debug)]
 pub struct Caller {
@@ -55,12 +102,12 @@ impl Caller {
     #[must_use]
     pub fn of_grant(grant: &Grant, digest: Option<Digest>, address: Option<IpAddr>) -> Self {
         Self {
-            token_id: Some(grant.token_id),
+            token_id: Some(grant.token_id()),
             digest,
-            workspace: Arc::clone(&grant.workspace),
-            principal: Arc::clone(&grant.principal),
-            scopes: Arc::clone(&grant.scopes),
-            has_admin_role: grant.principal_is_admin,
+            workspace: grant.workspace().into(),
+            principal: grant.principal().into(),
+            scopes: grant.scopes().filter_map(|scope| scope.parse().ok()).collect(),
+            has_admin_role: grant.principal_is_admin(),
             address,
         }
     }
@@ -79,26 +126,20 @@ impl Caller {
         }
     }
 
-    fn holds(&self, right: Right) -> bool {
-        self.scopes.iter().any(|scope| Right::of(scope) == Some(right))
+    fn rights(&self) -> Rights {
+        Rights::of(self.scopes.iter().map(Scope::as_str))
     }
 
     /// Whether the caller may do everything everywhere.
     #[must_use]
     pub fn is_root(&self) -> bool {
-        self.holds(Right::Root)
+        self.rights().hold(Right::Root)
     }
 
     /// Whether the caller may do everything in its workspace.
     #[must_use]
     pub fn is_admin(&self) -> bool {
-        self.is_root() || self.holds(Right::Admin)
-    }
-
-    /// Whether the caller may manage the tokens of its own principal.
-    #[must_use]
-    pub fn manages_itself(&self) -> bool {
-        self.is_admin() || self.holds(Right::Own)
+        self.rights().are_an_admins()
     }
 
     /// Refuses the caller a method that asks for more than they hold.
@@ -106,23 +147,13 @@ impl Caller {
     /// # Errors
     /// `Denied`, with the scope that is missing.
     pub fn authorize(&self, access: Access) -> Result<()> {
-        let (allowed, refusal) = match access {
-            Access::Public | Access::Known => return Ok(()),
-            Access::Own => (self.manages_itself(), "this method needs a token with keyward:self, keyward:admin or keyward:root"),
-            Access::Admin => (self.is_admin(), "this method needs a token with keyward:admin or keyward:root"),
-            Access::Root => (self.is_root(), "this method needs a token with keyward:root"),
-            Access::Validate => (
-                self.is_admin() || self.holds(Right::Validate) || self.holds(Right::ValidateAny),
-                "this method needs a token with keyward:validate, keyward:validate-any, keyward:admin or keyward:root",
-            ),
-        };
-        if allowed { Ok(()) } else { Err(Error::Denied(refusal.to_owned())) }
+        self.rights().authorize(access)
     }
 
     /// The only workspace whose tokens the caller may ask about; nothing: every one.
     #[must_use]
     pub fn validation_reach(&self) -> Option<&str> {
-        if self.is_root() || self.holds(Right::ValidateAny) { None } else { Some(&self.workspace) }
+        self.rights().validation_reach(&self.workspace)
     }
 
     /// The only workspace that the caller may manage; nothing: every one.

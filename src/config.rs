@@ -92,7 +92,7 @@ pub const SETTINGS: [Setting; 23] = [
         "",
         "Private addresses that webhooks of every workspace may reach, also without TLS: 10.1.0.0/16",
     ),
-    setting("cache_tokens", "COUNT", "1000000", "How many tokens are kept in memory (1000 to 100000000)"),
+    setting("cache_bytes", "BYTES", "268435456", "Memory for known tokens, about 200 bytes each (4194304 to 1099511627776)"),
     setting("workers", "COUNT", "one per core", "Threads that serve requests (1 to 1024)"),
     setting("log", "off|error|warn|info|debug|trace", "info", "How much is logged"),
     setting("log_format", "text|json", "text", "How it is logged"),
@@ -163,7 +163,7 @@ pub struct Config {
     pub notices_interval: Duration,
     pub notices_ca_file: Option<PathBuf>,
     pub webhook_allowed_cidrs: Vec<IpNet>,
-    pub cache_tokens: usize,
+    pub cache_bytes: usize,
     pub workers: usize,
     pub log: String,
     pub log_format: LogFormat,
@@ -313,7 +313,7 @@ impl Reader {
             notices_interval: self.take("notices_interval", Duration::from_mins(1), interval),
             notices_ca_file: self.path("notices_ca_file"),
             webhook_allowed_cidrs: self.take("webhook_allowed_cidrs", Vec::new(), cidrs),
-            cache_tokens: self.take("cache_tokens", 1_000_000, |text| number(text, 1_000, 100_000_000)),
+            cache_bytes: self.take("cache_bytes", 256 << 20, |text| number(text, 4 << 20, 1 << 40)),
             workers: self.take("workers", cores, |text| number(text, 1, 1_024)),
             log: self.take("log", "info".to_owned(), |text| {
                 one_of(text, &["off", "error", "warn", "info", "debug", "trace"]).map(str::to_owned)
@@ -472,7 +472,7 @@ mod tests {
         assert_eq!(config.metrics_listen.map(|address| address.to_string()).as_deref(), Some("127.0.0.1:9464"));
         assert_eq!(config.database_url, DatabaseUrl::Sqlite("keyward-data/keyward.db".into()));
         assert_eq!(config.keyring_file, PathBuf::from("keyward-data/keyring"));
-        assert_eq!(config.cache_tokens.to_string(), "1000000");
+        assert_eq!(config.cache_bytes.to_string(), "268435456");
         assert!(config.tls.is_none() && config.migrate_on_start && !config.insecure);
     }
 
@@ -480,7 +480,7 @@ mod tests {
     fn the_strongest_source_counts() {
         let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("keyward.toml");
-        std::fs::write(&file, "listen = \"127.0.0.1:1\"\ndata_dir = \"/file\"\ncache_tokens = 5000\n").expect("writable");
+        std::fs::write(&file, "listen = \"127.0.0.1:1\"\ndata_dir = \"/file\"\ncache_bytes = 5000000\n").expect("writable");
         let config = Config::load(&Sources {
             flags: BTreeMap::from([("listen", "127.0.0.1:3".to_owned())]),
             env: BTreeMap::from([
@@ -490,7 +490,7 @@ mod tests {
             file: Some(file),
         });
         let config = config.expect("all are well formed");
-        assert_eq!((config.listen.port(), config.data_dir, config.cache_tokens), (3, "/env".into(), 5000));
+        assert_eq!((config.listen.port(), config.data_dir, config.cache_bytes), (3, "/env".into(), 5_000_000));
     }
 
     #[test]

@@ -1,16 +1,24 @@
 //! The facts of a token, and what they mean for one use of it at one instant.
 //!
+//! A [`Grant`] is the facts as memory holds them: one piece of bytes, most of which are the answer that goes over the wire when the token is good.
+//! So many of them fit into memory, and nothing is put together anew for each question.
+//!
 //! Invariant: [`Grant::judge`] is pure and looks at causes in one order, so a cached fact gives the answer that a fresh one gives
 //! (test `the_first_cause_decides`).
 //! Invariant: intervals are half-open: a token is expired at the very instant `expire_time` (test `a_token_ends_at_its_instant`).
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+mod memory;
+
+use std::{collections::BTreeMap, net::IpAddr};
 
 use ipnet::IpNet;
 
+use memory::Flag;
+pub use memory::Grant;
+
 use crate::{
     ambient::Time,
-    scope::Scope,
+    scope::{self, Scope},
     token::{Digest, Prefix, TokenId},
 };
 
@@ -113,19 +121,19 @@ impl Token {
 
 /// The facts of a token that its judgement needs and its validator is told.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Grant {
+pub struct Facts {
     /// Its id.
     pub token_id: TokenId,
     /// The workspace it belongs to.
-    pub workspace: Arc<str>,
+    pub workspace: String,
     /// Whom it stands for.
-    pub principal: Arc<str>,
+    pub principal: String,
     /// How long it is meant to live.
     pub kind: Kind,
     /// What people made of it.
     pub state: State,
     /// What it may do.
-    pub scopes: Arc<[Scope]>,
+    pub scopes: Vec<Scope>,
     /// The products it is for; none: any.
     pub audiences: Vec<String>,
     /// Where it may be used from; none: anywhere.
@@ -171,7 +179,7 @@ pub enum Derived<'a> {
     /// They lead nowhere: no token reaches that.
     NoRoute,
     /// They need this.
-    Scope(&'a Scope),
+    Scope(&'a str),
 }
 
 /// What one use of a token needs.
@@ -183,8 +191,8 @@ pub struct Need<'a> {
     pub audience: Option<&'a str>,
     /// The client that presented the token, if known.
     pub client_ip: Option<IpAddr>,
-    /// The scopes that it takes.
-    pub scopes: &'a [Scope],
+    /// The scopes that it takes: each a valid one without a wildcard.
+    pub scopes: &'a [&'a str],
     /// The scope that it takes beside them, by the workspace's routes.
     pub derived: Derived<'a>,
 }
@@ -209,18 +217,18 @@ impl Grant {
     /// Whether the token is good for this need, now. The first cause that applies is the verdict.
     #[must_use]
     pub fn judge(&self, need: &Need<'_>, now: Time) -> Verdict {
-        let foreign = need.workspace.is_some_and(|workspace| *self.workspace != *workspace);
-        if foreign || self.secret_expire_time <= now {
+        let foreign = need.workspace.is_some_and(|workspace| self.workspace() != workspace);
+        if foreign || self.secret_expire_time() <= now {
             Verdict::Unknown
-        } else if self.state == State::Revoked {
+        } else if self.state() == State::Revoked {
             Verdict::Revoked
-        } else if self.expire_time <= now {
+        } else if self.expire_time() <= now {
             Verdict::Expired
-        } else if self.state == State::Inactive {
+        } else if self.state() == State::Inactive {
             Verdict::Inactive
-        } else if self.principal_suspended {
+        } else if self.has(Flag::PrincipalSuspended) {
             Verdict::PrincipalSuspended
-        } else if self.workspace_suspended {
+        } else if self.has(Flag::WorkspaceSuspended) {
             Verdict::WorkspaceSuspended
         } else if !self.allows_audience(need.audience) {
             Verdict::WrongAudience
@@ -234,31 +242,34 @@ impl Grant {
     }
 
     /// The scopes that are needed and not held.
-    pub fn missing_scopes<'a>(&'a self, need: &Need<'a>) -> impl Iterator<Item = &'a Scope> {
-        let held = |needed: &Scope| self.scopes.iter().any(|scope| scope.covers(needed));
+    pub fn missing_scopes<'a>(&'a self, need: &Need<'a>) -> impl Iterator<Item = &'a str> {
+        let held = |needed: &str| self.scopes().any(|scope| scope::covers(scope, needed));
         let derived = match need.derived {
             Derived::Scope(scope) => Some(scope),
             Derived::NotAsked | Derived::NoRoute => None,
         };
-        need.scopes.iter().chain(derived).filter(move |needed| !held(needed))
+        need.scopes.iter().copied().chain(derived).filter(move |needed| !held(needed))
     }
 
     fn allows_audience(&self, audience: Option<&str>) -> bool {
-        audience.is_none_or(|asked| self.audiences.is_empty() || self.audiences.iter().any(|held| held == asked))
+        audience.is_none_or(|asked| {
+            let mut held = self.audiences().peekable();
+            held.peek().is_none() || held.any(|held| held == asked)
+        })
     }
 
     fn allows_ip(&self, client_ip: Option<IpAddr>) -> bool {
-        self.allowed_cidrs.is_empty()
+        !self.has_ranges()
             || client_ip.is_some_and(|ip| {
                 // An IPv4 client of a dual-stack socket shows as ::ffff:a.b.c.d.
                 let ip = ip.to_canonical();
-                self.allowed_cidrs.iter().any(|range| range.contains(&ip))
+                self.allowed_cidrs().any(|range| range.contains(&ip))
             })
     }
 }
 
 #[cfg(test)]
-impl Grant {
+impl Facts {
     /// One that is good for `agents:list` at `billing` from 10.0.0.0/8.
     pub(crate) fn example(display_name: &str) -> Self {
         Self {
@@ -267,7 +278,7 @@ impl Grant {
             principal: "alice".into(),
             kind: Kind::Permanent,
             state: State::Active,
-            scopes: Arc::new(["agents:list".parse().expect("a scope")]),
+            scopes: vec!["agents:list".parse().expect("a scope")],
             audiences: vec!["billing".to_owned()],
             allowed_cidrs: vec!["10.0.0.0/8".parse().expect("a range")],
             display_name: display_name.to_owned(),
@@ -289,28 +300,27 @@ mod tests {
 
     const NOW: Time = Time::from_micros(1_000_000_000);
 
-    fn grant() -> Grant {
-        Grant::example("ci")
+    fn facts() -> Facts {
+        Facts::example("ci")
     }
 
-    fn judge(grant: &Grant, audience: Option<&str>, ip: Option<&str>, scope: &str, workspace: Option<&str>) -> Verdict {
-        let scopes = [scope.parse().expect("a scope")];
+    fn judge(facts: &Facts, audience: Option<&str>, ip: Option<&str>, scope: &str, workspace: Option<&str>) -> Verdict {
         let client_ip = ip.map(|ip| ip.parse().expect("an address"));
-        grant.judge(&Need { workspace, audience, client_ip, scopes: &scopes, derived: Derived::NotAsked }, NOW)
+        Grant::of(facts).judge(&Need { workspace, audience, client_ip, scopes: &[scope], derived: Derived::NotAsked }, NOW)
     }
 
     /// A cause of a refusal: its verdict, what it does to the facts, or which part of the need it spoils.
-    type Cause = (Verdict, fn(&mut Grant), &'static str);
+    type Cause = (Verdict, fn(&mut Facts), &'static str);
 
     /// In the order of judgement.
     const CAUSES: [Cause; 11] = [
         (Verdict::Unknown, |_| (), "workspace"),
-        (Verdict::Unknown, |grant| grant.secret_expire_time = NOW, ""),
-        (Verdict::Revoked, |grant| grant.state = State::Revoked, ""),
-        (Verdict::Expired, |grant| grant.expire_time = NOW, ""),
-        (Verdict::Inactive, |grant| grant.state = State::Inactive, ""),
-        (Verdict::PrincipalSuspended, |grant| grant.principal_suspended = true, ""),
-        (Verdict::WorkspaceSuspended, |grant| grant.workspace_suspended = true, ""),
+        (Verdict::Unknown, |facts| facts.secret_expire_time = NOW, ""),
+        (Verdict::Revoked, |facts| facts.state = State::Revoked, ""),
+        (Verdict::Expired, |facts| facts.expire_time = NOW, ""),
+        (Verdict::Inactive, |facts| facts.state = State::Inactive, ""),
+        (Verdict::PrincipalSuspended, |facts| facts.principal_suspended = true, ""),
+        (Verdict::WorkspaceSuspended, |facts| facts.workspace_suspended = true, ""),
         (Verdict::WrongAudience, |_| (), "audience"),
         (Verdict::IpNotAllowed, |_| (), "ip"),
         (Verdict::IpNotAllowed, |_| (), "no ip"),
@@ -318,13 +328,13 @@ mod tests {
     ];
 
     fn judge_with(causes: &[&Cause]) -> Verdict {
-        let mut grant = grant();
+        let mut facts = facts();
         for cause in causes {
-            cause.1(&mut grant);
+            cause.1(&mut facts);
         }
         let spoils = |part| causes.iter().any(|cause| cause.2 == part);
         judge(
-            &grant,
+            &facts,
             Some(if spoils("audience") { "shipping" } else { "billing" }),
             if spoils("no ip") { None } else { Some(if spoils("ip") { "11.0.0.1" } else { "10.1.2.3" }) },
             if spoils("scope") { "agents:delete" } else { "agents:list" },
@@ -349,44 +359,48 @@ mod tests {
 
     #[test]
     fn a_token_ends_at_its_instant() {
-        let mut grant = grant();
-        grant.expire_time = NOW + Duration::from_micros(1);
-        assert_eq!(judge(&grant, None, Some("10.1.2.3"), "agents:list", None), Verdict::Valid);
-        grant.expire_time = NOW;
-        assert_eq!(judge(&grant, None, Some("10.1.2.3"), "agents:list", None), Verdict::Expired);
+        let mut facts = facts();
+        facts.expire_time = NOW + Duration::from_micros(1);
+        assert_eq!(judge(&facts, None, Some("10.1.2.3"), "agents:list", None), Verdict::Valid);
+        facts.expire_time = NOW;
+        assert_eq!(judge(&facts, None, Some("10.1.2.3"), "agents:list", None), Verdict::Expired);
     }
 
     #[test]
     fn a_mapped_address_is_its_ipv4_address() {
-        assert_eq!(judge(&grant(), None, Some("::ffff:10.1.2.3"), "agents:list", None), Verdict::Valid);
-        assert_eq!(judge(&grant(), None, Some("::ffff:11.1.2.3"), "agents:list", None), Verdict::IpNotAllowed);
+        assert_eq!(judge(&facts(), None, Some("::ffff:10.1.2.3"), "agents:list", None), Verdict::Valid);
+        assert_eq!(judge(&facts(), None, Some("::ffff:11.1.2.3"), "agents:list", None), Verdict::IpNotAllowed);
     }
 
     #[test]
     fn a_token_without_audiences_is_good_at_any() {
-        let mut grant = grant();
-        grant.audiences.clear();
-        assert_eq!(judge(&grant, Some("shipping"), Some("10.1.2.3"), "agents:list", None), Verdict::Valid);
+        let mut facts = facts();
+        facts.audiences.clear();
+        assert_eq!(judge(&facts, Some("shipping"), Some("10.1.2.3"), "agents:list", None), Verdict::Valid);
     }
 
     #[test]
     fn a_path_needs_the_scope_of_its_route() {
-        let (held, other): (Scope, Scope) = ("agents:list".parse().expect("a scope"), "agents:delete".parse().expect("a scope"));
+        let (held, other) = ("agents:list", "agents:delete");
         let need = |derived| Need { client_ip: Some("10.1.2.3".parse().expect("an address")), derived, ..Need::default() };
-        let mut grant = grant();
-        assert_eq!(grant.judge(&need(Derived::Scope(&held)), NOW), Verdict::Valid);
-        assert_eq!(grant.judge(&need(Derived::Scope(&other)), NOW), Verdict::InsufficientScope);
-        assert_eq!(grant.missing_scopes(&need(Derived::Scope(&other))).collect::<Vec<_>>(), [&other]);
-        grant.scopes = Arc::new(["*".parse().expect("a scope")]);
-        assert_eq!(grant.judge(&need(Derived::NoRoute), NOW), Verdict::InsufficientScope, "no scope opens a path without a route");
+        let mut facts = facts();
+        assert_eq!(Grant::of(&facts).judge(&need(Derived::Scope(held)), NOW), Verdict::Valid);
+        assert_eq!(Grant::of(&facts).judge(&need(Derived::Scope(other)), NOW), Verdict::InsufficientScope);
+        assert_eq!(Grant::of(&facts).missing_scopes(&need(Derived::Scope(other))).collect::<Vec<_>>(), [other]);
+        facts.scopes = vec!["*".parse().expect("a scope")];
+        assert_eq!(
+            Grant::of(&facts).judge(&need(Derived::NoRoute), NOW),
+            Verdict::InsufficientScope,
+            "no scope opens a path without a route"
+        );
     }
 
     #[test]
     fn a_token_without_scopes_reaches_nothing_that_requires_one() {
-        let mut grant = grant();
-        grant.scopes = Arc::new([]);
-        assert_eq!(judge(&grant, None, Some("10.1.2.3"), "agents:list", None), Verdict::InsufficientScope);
+        let mut facts = facts();
+        facts.scopes.clear();
+        assert_eq!(judge(&facts, None, Some("10.1.2.3"), "agents:list", None), Verdict::InsufficientScope);
         let need = Need { client_ip: Some("10.1.2.3".parse().expect("an address")), ..Need::default() };
-        assert_eq!(grant.judge(&need, NOW), Verdict::Valid);
+        assert_eq!(Grant::of(&facts).judge(&need, NOW), Verdict::Valid);
     }
 }

@@ -39,35 +39,59 @@ impl Scope {
     /// Whether a holder of this may do all that `other` names.
     #[must_use]
     pub fn covers(&self, other: &Self) -> bool {
-        if self == other {
-            return true;
-        }
-        match &*self.0 {
-            "*" => !other.is_reserved(),
-            wildcard => wildcard.strip_suffix(":*").is_some_and(|resource| resource == other.resource()),
-        }
+        covers(&self.0, &other.0)
     }
 
     fn resource(&self) -> &str {
-        self.0.split(':').next().unwrap_or_default()
+        resource(&self.0)
     }
+
+    /// Refuses a text that is no scope.
+    ///
+    /// # Errors
+    /// The rule that it breaks.
+    pub fn check(text: &str) -> Result<(), &'static str> {
+        const RULE: &str = "must be `resource:operation`, `resource:*` or `*`; each part of lower-case letters, digits, `-` and `.`, starting with \
+                            a letter, at most 63 characters";
+        const RIGHTS: &str =
+            "is not a right on Keyward: these are keyward:root, keyward:admin, keyward:self, keyward:validate, keyward:validate-any";
+        match text.split_once(':') {
+            None if text == "*" => Ok(()),
+            Some((RESERVED, _)) => Right::named(text).map(|_| ()).ok_or(RIGHTS),
+            Some((resource, operation)) if is_part(resource) && (operation == "*" || is_part(operation)) => Ok(()),
+            _ => Err(RULE),
+        }
+    }
+
+    /// Refuses a text that names no single operation.
+    ///
+    /// # Errors
+    /// The rule that it breaks.
+    pub fn check_single(text: &str) -> Result<(), &'static str> {
+        Self::check(text)?;
+        if text.ends_with('*') { Err("must not be a wildcard: name the operation that the use needs") } else { Ok(()) }
+    }
+}
+
+/// Whether a holder of the scope `held` may do all that `other` names; both as their texts.
+#[must_use]
+pub fn covers(held: &str, other: &str) -> bool {
+    held == other
+        || match held {
+            "*" => resource(other) != RESERVED,
+            wildcard => wildcard.strip_suffix(":*").is_some_and(|held| held == resource(other)),
+        }
+}
+
+fn resource(scope: &str) -> &str {
+    scope.split(':').next().unwrap_or_default()
 }
 
 impl FromStr for Scope {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const RULE: &str = "must be `resource:operation`, `resource:*` or `*`; each part of lower-case letters, digits, `-` and `.`, starting with \
-                            a letter, at most 63 characters";
-        const RIGHTS: &str =
-            "is not a right on Keyward: these are keyward:root, keyward:admin, keyward:self, keyward:validate, keyward:validate-any";
-        let scope = Self(text.into());
-        match text.split_once(':') {
-            None if text == "*" => Ok(scope),
-            Some((RESERVED, _)) => Right::of(&scope).map(|_| scope).ok_or(RIGHTS),
-            Some((resource, operation)) if is_part(resource) && (operation == "*" || is_part(operation)) => Ok(scope),
-            _ => Err(RULE),
-        }
+        Self::check(text).map(|()| Self(text.into()))
     }
 }
 
@@ -90,7 +114,13 @@ impl Right {
     /// The right that a scope is; nothing if it is none.
     #[must_use]
     pub fn of(scope: &Scope) -> Option<Self> {
-        Some(match scope.as_str() {
+        Self::named(scope.as_str())
+    }
+
+    /// The right that the text of a scope is; nothing if it is none.
+    #[must_use]
+    pub fn named(scope: &str) -> Option<Self> {
+        Some(match scope {
             "keyward:root" => Self::Root,
             "keyward:admin" => Self::Admin,
             "keyward:self" => Self::Own,

@@ -281,7 +281,7 @@ pub async fn recover(config: &Config, clock: &Clock) -> Result<Secret, String> {
         return Err(NEW.to_owned());
     }
     let keyring = Arc::new(open_keyring(&store, &config.keyring_file).await?);
-    let fence = Fence::new(Arc::new(Cache::new(1_000)), Arc::clone(&store));
+    let fence = Fence::new(Arc::new(Cache::new(0)), Arc::clone(&store));
     let recovered = Issuer::new(keyring, Arc::clone(&store), fence).recover(clock.now()).await;
     let closed = store.close().await.map_err(|error| error.to_string());
     let secret = recovered.map_err(|error| match error {
@@ -304,7 +304,7 @@ impl Rooms {
         let observer = Box::new(move |verb, elapsed, failed| observed.store(verb, elapsed, failed));
         let store = Arc::new(Store::open(&config.database_url, config.migrate_on_start, observer).await?);
         let keyring = Arc::new(open_keyring(&store, &config.keyring_file).await?);
-        let cache = Arc::new(Cache::new(config.cache_tokens));
+        let cache = Arc::new(Cache::new(config.cache_bytes));
         let usage = Arc::new(Usage::default());
         let fence = Fence::new(Arc::clone(&cache), Arc::clone(&store));
         let issuer = Issuer::new(Arc::clone(&keyring), Arc::clone(&store), Arc::clone(&fence));

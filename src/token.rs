@@ -244,6 +244,18 @@ impl TokenId {
         self.0.to_be_bytes().last().map_or(0, |byte| usize::from(*byte)) % count
     }
 
+    /// As 16 bytes.
+    #[must_use]
+    pub fn to_bytes(self) -> [u8; 16] {
+        self.0.to_le_bytes()
+    }
+
+    /// From what [`TokenId::to_bytes`] gave.
+    #[must_use]
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(u128::from_le_bytes(bytes))
+    }
+
     /// From its text; nothing if that is no id.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {

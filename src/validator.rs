@@ -44,7 +44,7 @@ pub struct Answer {
     /// Why, or why not.
     pub verdict: Verdict,
     /// The facts that were judged.
-    pub grant: Option<Arc<Grant>>,
+    pub grant: Option<Grant>,
     /// The scope of the route that the method and path lead to.
     pub derived_scope: Option<Scope>,
 }
@@ -157,7 +157,40 @@ impl Validator {
             None => self.fetch(digest).await?,
         };
         let routes = self.routes_for(&fact, &question).await?;
-        Ok(self.judge(&fact, &question, routes.as_deref(), now))
+        let answer = judge(fact, &question, routes.as_deref(), now);
+        self.count_use(&question, &answer, now);
+        Ok(answer)
+    }
+
+    /// The digest of a text that was made with one of our keys; nothing for any other text, which no store needs to be asked about.
+    #[must_use]
+    pub fn prove(&self, text: &[u8]) -> Option<Digest> {
+        self.keyring.prove(text)
+    }
+
+    /// Judges by what memory knows, at once; nothing if the store has to be asked. The use is not counted yet.
+    #[must_use]
+    pub fn judge_known(&self, digest: Option<Digest>, question: &Question<'_>, now: Time) -> Option<Answer> {
+        let Some(digest) = digest else { return Some(Answer::UNKNOWN) };
+        let fact = self.cache.get(&digest)?;
+        let routes = match workspace_of_routes(&fact, question) {
+            Some(workspace) => Some(self.cache.routes(workspace)?),
+            None => None,
+        };
+        self.hits.fetch_add(1, Ordering::Relaxed);
+        Some(judge(fact, question, routes.as_deref(), now))
+    }
+
+    /// Counts the use that [`Validator::judge_known`] has judged.
+    pub fn count_use(&self, question: &Question<'_>, answer: &Answer, now: Time) {
+        if let Some(grant) = answer.grant.as_ref().filter(|_| answer.verdict == Verdict::Valid && !question.peek) {
+            self.usage.mark(grant.token_id(), question.need.client_ip, now);
+        }
+    }
+
+    /// Says which digests will be asked about: see [`Cache::bring_near`].
+    pub fn bring_near(&self, digests: impl Iterator<Item = Digest> + Clone) {
+        self.cache.bring_near(digests);
     }
 
     /// Judges tokens, each by itself; the answers come in the order of the questions. What the cache does not know is read together.
@@ -166,6 +199,7 @@ impl Validator {
     /// As [`Validator::validate`]; then none is judged.
     pub async fn validate_batch(self: &Arc<Self>, questions: &[Question<'_>], now: Time) -> Result<Vec<Answer>> {
         let digests: Vec<Option<Digest>> = questions.iter().map(|question| self.keyring.prove(question.text)).collect();
+        self.cache.bring_near(digests.iter().copied().flatten());
         let known: Vec<Option<Fact>> = digests.iter().map(|digest| digest.and_then(|digest| self.cache.get(&digest))).collect();
         let mut missing: Vec<Digest> =
             digests.iter().zip(&known).filter(|(_, fact)| fact.is_none()).filter_map(|(digest, _)| *digest).collect();
@@ -175,15 +209,17 @@ impl Validator {
         self.hits.fetch_add(u64::try_from(hits).unwrap_or(0), Ordering::Relaxed);
         self.misses.fetch_add(u64::try_from(missing.len()).unwrap_or(0), Ordering::Relaxed);
         let read = self.read(&missing).await?;
-        let unknown = Fact::Absent;
-        let facts = digests
-            .iter()
-            .zip(&known)
-            .map(|(digest, fact)| fact.as_ref().or_else(|| digest.as_ref().and_then(|digest| read.get(digest))).unwrap_or(&unknown));
+        let facts = digests.iter().zip(known).map(|(digest, fact)| {
+            let fact = fact.or_else(|| digest.as_ref().and_then(|digest| read.get(digest)).cloned());
+            fact.unwrap_or(Fact::Absent)
+        });
         let mut answers = Vec::with_capacity(questions.len());
         for (fact, question) in facts.zip(questions) {
-            let routes = self.routes_for(fact, question).await?;
-            answers.push(self.judge(fact, question, routes.as_deref(), now));
+            let routes = self.routes_for(&fact, question).await?;
+            answers.push(judge(fact, question, routes.as_deref(), now));
+        }
+        for (question, answer) in questions.iter().zip(&answers) {
+            self.count_use(question, answer, now);
         }
         Ok(answers)
     }
@@ -226,34 +262,11 @@ impl Validator {
         Ok(standing)
     }
 
-    fn judge(&self, fact: &Fact, question: &Question<'_>, routes: Option<&Routes>, now: Time) -> Answer {
-        let Fact::Grant(grant) = fact else { return Answer::UNKNOWN };
-        let derived_scope = match (question.http, routes) {
-            (Some(http), Some(routes)) => routes.scope_of(http.method, http.path),
-            _ => None,
-        };
-        let derived = match (question.http, derived_scope) {
-            (None, _) => Derived::NotAsked,
-            (Some(_), None) => Derived::NoRoute,
-            (Some(_), Some(scope)) => Derived::Scope(scope),
-        };
-        let verdict = grant.judge(&Need { derived, ..question.need }, now);
-        if verdict == Verdict::Unknown {
-            return Answer::UNKNOWN;
-        }
-        if verdict == Verdict::Valid && !question.peek {
-            self.usage.mark(grant.token_id, question.need.client_ip, now);
-        }
-        Answer { verdict, grant: Some(Arc::clone(grant)), derived_scope: derived_scope.cloned() }
-    }
-
-    /// The routes that a question is about: those of the token's workspace, if the caller may ask about it.
+    /// The routes that a question is about.
     async fn routes_for(self: &Arc<Self>, fact: &Fact, question: &Question<'_>) -> Result<Option<Arc<Routes>>> {
-        match fact {
-            Fact::Grant(grant) if question.http.is_some() && question.need.workspace.is_none_or(|reach| *reach == *grant.workspace) => {
-                self.routes(&grant.workspace).await.map(Some)
-            }
-            _ => Ok(None),
+        match workspace_of_routes(fact, question) {
+            Some(workspace) => self.routes(&workspace.into()).await.map(Some),
+            None => Ok(None),
         }
     }
 
@@ -286,7 +299,7 @@ impl Validator {
                 let found = reader.store.facts(&[digest]).await?;
                 Ok(found.into_iter().next().map_or(Fact::Absent, |(_, grant)| Fact::Grant(grant)))
             };
-            (read, move |fact: &Fact| admitter.cache.admit(digest, fact.clone(), ticket))
+            (read, move |fact: &Fact| admitter.cache.admit(digest, fact, ticket))
         };
         let look = || self.cache.get(&digest);
         self.flights.fetch(&digest, Missing { look, permit: || self.permit(), begin }).await
@@ -309,8 +322,33 @@ impl Validator {
         facts.extend(found.into_iter().map(|(digest, grant)| (digest, Fact::Grant(grant))));
         for (digest, fact) in &facts {
             // Not admitted is fine: this call began before the change was announced.
-            let _admitted = self.cache.admit(*digest, fact.clone(), ticket);
+            let _admitted = self.cache.admit(*digest, fact, ticket);
         }
         Ok(facts)
     }
+}
+
+/// Judges by facts, by the same rules wherever they came from.
+fn judge(fact: Fact, question: &Question<'_>, routes: Option<&Routes>, now: Time) -> Answer {
+    let Fact::Grant(grant) = fact else { return Answer::UNKNOWN };
+    let derived_scope = match (question.http, routes) {
+        (Some(http), Some(routes)) => routes.scope_of(http.method, http.path),
+        _ => None,
+    };
+    let derived = match (question.http, derived_scope) {
+        (None, _) => Derived::NotAsked,
+        (Some(_), None) => Derived::NoRoute,
+        (Some(_), Some(scope)) => Derived::Scope(scope.as_str()),
+    };
+    match grant.judge(&Need { derived, ..question.need }, now) {
+        Verdict::Unknown => Answer::UNKNOWN,
+        verdict => Answer { verdict, grant: Some(grant), derived_scope: derived_scope.cloned() },
+    }
+}
+
+/// The workspace whose routes a question is about: the token's, if the caller may ask about it.
+fn workspace_of_routes<'a>(fact: &'a Fact, question: &Question<'_>) -> Option<&'a str> {
+    let Fact::Grant(grant) = fact else { return None };
+    let is_asked = question.http.is_some() && question.need.workspace.is_none_or(|reach| reach == grant.workspace());
+    is_asked.then(|| grant.workspace())
 }

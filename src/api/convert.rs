@@ -23,11 +23,7 @@ const SECONDS_MAX: i64 = 253_402_300_799;
 
 /// An instant; nothing for "never".
 pub(super) fn timestamp(time: Time) -> Option<Timestamp> {
-    let micros = time.micros();
-    (time != Time::NEVER).then(|| Timestamp {
-        seconds: micros.div_euclid(MICROS_PER_SECOND),
-        nanos: i32::try_from(micros.rem_euclid(MICROS_PER_SECOND) * 1000).unwrap_or(0),
-    })
+    time.to_timestamp()
 }
 
 /// An instant that was sent, cut to microseconds.

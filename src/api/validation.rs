@@ -1,7 +1,6 @@
 //! `ValidationService`: questions about tokens in, verdicts out.
 
-use std::sync::Arc;
-
+use prost::Message as _;
 use tonic::{Request, Response, Status};
 
 use super::{Api, Call, call, convert};
@@ -28,7 +27,7 @@ impl ValidationService for Api {
         let question = question("", &message, &scopes, caller.validation_reach(), &mut violations);
         violations.finish()?;
         let judgement = self.validator.validate(question, now).await?;
-        Ok(Response::new(self.answer(judgement, &question)))
+        Ok(Response::new(self.answer(judgement, &question)?))
     }
 
     async fn batch_validate_tokens(
@@ -51,61 +50,48 @@ impl ValidationService for Api {
             .collect();
         violations.finish()?;
         let judgements = self.validator.validate_batch(&questions, now).await?;
-        let responses = judgements.into_iter().zip(&questions).map(|(judgement, question)| self.answer(judgement, question)).collect();
+        let responses = judgements.into_iter().zip(&questions).map(|(judgement, question)| self.answer(judgement, question));
+        let responses = responses.collect::<Result<_, _>>()?;
         Ok(Response::new(proto::BatchValidateTokensResponse { responses }))
     }
 }
 
 impl Api {
-    fn answer(&self, judgement: Judgement, question: &Question<'_>) -> proto::ValidateTokenResponse {
+    fn answer(&self, judgement: Judgement, question: &Question<'_>) -> Result<proto::ValidateTokenResponse, Error> {
         self.metrics.verdict(judgement.verdict);
         let verdict = convert::verdict(judgement.verdict);
         let valid = verdict == proto::Verdict::Valid;
-        match judgement.grant {
+        Ok(match judgement.grant {
             None => proto::ValidateTokenResponse { valid, verdict: verdict.into(), ..Default::default() },
             Some(grant) => proto::ValidateTokenResponse {
                 missing_scopes: if verdict == proto::Verdict::InsufficientScope {
-                    let derived = judgement.derived_scope.as_ref().map_or(Derived::NotAsked, Derived::Scope);
-                    convert::scope_texts(grant.missing_scopes(&Need { derived, ..question.need }))
+                    let derived = judgement.derived_scope.as_ref().map_or(Derived::NotAsked, |scope| Derived::Scope(scope.as_str()));
+                    grant.missing_scopes(&Need { derived, ..question.need }).map(str::to_owned).collect()
                 } else {
                     Vec::new()
                 },
                 derived_scope: judgement.derived_scope.map(|scope| scope.as_str().to_owned()).unwrap_or_default(),
-                ..facts(&grant, valid, verdict)
+                ..facts(&grant, valid, verdict)?
             },
-        }
+        })
     }
 }
 
-fn facts(grant: &Arc<Grant>, valid: bool, verdict: proto::Verdict) -> proto::ValidateTokenResponse {
-    proto::ValidateTokenResponse {
-        valid,
-        verdict: verdict.into(),
-        token_id: grant.token_id.to_string(),
-        workspace: grant.workspace.to_string(),
-        principal: grant.principal.to_string(),
-        kind: convert::kind(grant.kind).into(),
-        scopes: convert::scope_texts(grant.scopes.iter()),
-        audiences: grant.audiences.clone(),
-        display_name: grant.display_name.clone(),
-        metadata: grant.metadata.clone(),
-        expire_time: convert::timestamp(grant.expire_time),
-        missing_scopes: Vec::new(),
-        derived_scope: String::new(),
-    }
+/// The answer as the grant holds it, and what it does not hold.
+fn facts(grant: &Grant, valid: bool, verdict: proto::Verdict) -> Result<proto::ValidateTokenResponse, Error> {
+    let told = proto::ValidateTokenResponse::decode(grant.answer());
+    let told = told.map_err(|error| Error::Internal(error.into()))?;
+    Ok(proto::ValidateTokenResponse { valid, verdict: verdict.into(), ..told })
 }
 
-fn required_scopes(path: &str, message: &proto::ValidateTokenRequest, violations: &mut Violations) -> Vec<Scope> {
+fn required_scopes<'a>(path: &str, message: &'a proto::ValidateTokenRequest, violations: &mut Violations) -> Vec<&'a str> {
     let field = format!("{path}required_scopes");
     if message.required_scopes.len() > SCOPES_MAX {
         violations.add(field, format!("must have at most {SCOPES_MAX} entries; it has {}", message.required_scopes.len()));
         return Vec::new();
     }
-    let scope = |(index, text): (usize, &String)| {
-        let parsed = text.parse::<Scope>().and_then(|scope| {
-            if scope.is_wildcard() { Err("must not be a wildcard: name the operation that the use needs") } else { Ok(scope) }
-        });
-        violations.take(&format!("{field}[{index}]"), parsed)
+    let scope = |(index, text): (usize, &'a String)| {
+        violations.take(&format!("{field}[{index}]"), Scope::check_single(text).map(|()| text.as_str()))
     };
     message.required_scopes.iter().enumerate().filter_map(scope).collect()
 }
@@ -113,7 +99,7 @@ fn required_scopes(path: &str, message: &proto::ValidateTokenRequest, violations
 fn question<'a>(
     path: &str,
     message: &'a proto::ValidateTokenRequest,
-    scopes: &'a [Scope],
+    scopes: &'a [&'a str],
     reach: Option<&'a str>,
     violations: &mut Violations,
 ) -> Question<'a> {

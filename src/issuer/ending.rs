@@ -15,7 +15,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::{Issuer, end, end_watch, event, tell_of, watch_root};
 use crate::{
     ambient::{self, Time},
-    caller::Caller,
+    caller::{Access, Caller},
     error::{Error, Result, Violations},
     grant::{State, Token},
     notice::Event,
@@ -115,7 +115,7 @@ impl Issuer {
             return Err(Error::precondition("the caller is not bound to a session: name one in session_id"));
         }
         let is_own = session_id == own && *workspace == *caller.workspace;
-        if !is_own && !caller.manages_itself() {
+        if !is_own && caller.authorize(Access::Own).is_err() {
             let rule = "another session than that of the presented token needs keyward:self, keyward:admin or keyward:root";
             return Err(Error::Denied(rule.to_owned()));
         }
@@ -176,7 +176,7 @@ impl Issuer {
             // The store is asked in any case, so that an outage looks the same whatever was reported.
             digests.extend(Digest::from_slice(&ambient::random::<24>()?));
         }
-        if self.store.facts(&digests).await?.iter().all(|(_, grant)| grant.state == State::Revoked) {
+        if self.store.facts(&digests).await?.iter().all(|(_, grant)| grant.state() == State::Revoked) {
             return Ok(());
         }
         let reporter = Caller::nobody(address);

@@ -2,8 +2,6 @@
 //!
 //! Invariant: every list and look-up is served by an index (test `every_query_has_its_index`).
 
-use std::sync::Arc;
-
 use sea_orm::{
     ColumnTrait as _, ConnectionTrait as _, EntityTrait as _, ExprTrait as _, FromQueryResult, QueryFilter as _, QueryOrder as _,
     QuerySelect as _, QueryTrait as _, Statement,
@@ -18,7 +16,7 @@ use super::{
 use crate::{
     ambient::Time,
     error::Result,
-    grant::{Grant, Kind, ShownState, State, Token},
+    grant::{Facts, Grant, Kind, ShownState, State, Token},
     token::{Digest, TokenId},
     workspace::Role,
 };
@@ -113,15 +111,15 @@ struct FactsRow {
 }
 
 impl FactsRow {
-    fn into_grant(self) -> Result<(Digest, Arc<Grant>)> {
+    fn into_grant(self) -> Result<(Digest, Grant)> {
         let digest = Digest::from_slice(&self.presented).ok_or_else(|| damaged("token.digest"))?;
-        let grant = Grant {
+        let facts = Facts {
             token_id: TokenId::parse(&self.id).ok_or_else(|| damaged("token.id"))?,
-            workspace: self.workspace.into(),
-            principal: self.principal.into(),
+            workspace: self.workspace,
+            principal: self.principal,
             kind: entity::kind_of(self.kind)?,
             state: entity::state_of(self.state)?,
-            scopes: entity::split("token.scopes", &self.scopes)?.into(),
+            scopes: entity::split("token.scopes", &self.scopes)?,
             audiences: entity::split("token.audiences", &self.audiences)?,
             allowed_cidrs: entity::split("token.allowed_cidrs", &self.allowed_cidrs)?,
             display_name: self.display_name,
@@ -132,7 +130,7 @@ impl FactsRow {
             principal_is_admin: directory::role_of(self.principal_role)? == Role::Admin,
             workspace_suspended: self.workspace_suspended,
         };
-        Ok((digest, Arc::new(grant)))
+        Ok((digest, Grant::of(&facts)))
     }
 }
 
@@ -158,7 +156,7 @@ impl Store {
     ///
     /// # Errors
     /// `Unavailable`, `Overloaded`.
-    pub async fn facts(&self, digests: &[Digest]) -> Result<Vec<(Digest, Arc<Grant>)>> {
+    pub async fn facts(&self, digests: &[Digest]) -> Result<Vec<(Digest, Grant)>> {
         let mut found = Vec::with_capacity(digests.len());
         for chunk in digests.chunks(FACTS_CHUNK) {
             let values = chunk.iter().map(|digest| digest.as_bytes().to_vec().into());

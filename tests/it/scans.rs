@@ -52,7 +52,7 @@ fn run(backend: Backend) {
         world.settings.insert("webhook_allowed_cidrs", "127.0.0.0/8".to_owned());
         world.settings.insert("notices_interval", "1s".to_owned());
         // Nearly every token that is asked about is looked for in the database.
-        world.settings.insert("cache_tokens", "1000".to_owned());
+        world.settings.insert("cache_bytes", "4194304".to_owned());
         world.start_server().await;
         world.relax().await;
         world.stop_server().await;

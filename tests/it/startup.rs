@@ -54,13 +54,13 @@ impl Drop for Process {
 fn wrong_settings_are_reported_together() {
     let folder = tempfile::tempdir().expect("a folder");
     let data = folder.path().join("data");
-    fs::write(folder.path().join("keyward.toml"), "log_fromat = \"json\"\ncache_tokens = \"many\"\n").expect("writable");
+    fs::write(folder.path().join("keyward.toml"), "log_fromat = \"json\"\ncache_bytes = \"many\"\n").expect("writable");
     let (code, said) = refusal(serve(&data).env("KEYWARD_LISTENN", "x").env("KEYWARD_DATABASE_URL", "postgres//u:hunter2@h"));
     assert_eq!(code, 2, "{said}");
     for part in [
         "log_fromat",
         "did you mean log_format",
-        "cache_tokens",
+        "cache_bytes",
         "KEYWARD_LISTENN",
         "did you mean KEYWARD_LISTEN",
         "KEYWARD_DATABASE_URL must be",
