@@ -7,6 +7,7 @@
 mod audit_events;
 mod convert;
 pub mod gate;
+pub mod hot;
 mod notices;
 mod principals;
 mod rates;

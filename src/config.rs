@@ -93,7 +93,7 @@ pub const SETTINGS: [Setting; 23] = [
         "Private addresses that webhooks of every workspace may reach, also without TLS: 10.1.0.0/16",
     ),
     setting("cache_bytes", "BYTES", "268435456", "Memory for known tokens, about 200 bytes each (4194304 to 1099511627776)"),
-    setting("workers", "COUNT", "one per core", "Threads that serve requests (1 to 1024)"),
+    setting("workers", "COUNT", "one per core", "Threads that answer questions about tokens (1 to 1024)"),
     setting("log", "off|error|warn|info|debug|trace", "info", "How much is logged"),
     setting("log_format", "text|json", "text", "How it is logged"),
 ];

@@ -5,6 +5,7 @@
 
 mod connection;
 mod tls;
+mod workers;
 
 use std::{convert::Infallible, io::Write as _, net::SocketAddr, os::unix::fs::DirBuilderExt as _, path::Path, sync::Arc, time::Duration};
 
@@ -25,6 +26,7 @@ use tonic_health::{
 use self::{
     connection::{Phase, Port},
     tls::Certificates,
+    workers::Workers,
 };
 use crate::{
     ambient::Clock,
@@ -129,6 +131,7 @@ impl Server {
         let (phase, phase_receiver) = watch::channel(Phase::Serving);
         let gate = Arc::new(gate::Gate::new(api, routes, rooms.clock.clone(), limits));
         let port = Port::new(gate, certificates, metrics, phase_receiver);
+        let workers = Workers::start(config.workers, &port)?;
         let (lost_sender, lost) = watch::channel(false);
         let mut server = Self {
             address,
@@ -142,7 +145,7 @@ impl Server {
         };
         server.spawn_ticks(lost_sender, config.notices_interval);
         server.metrics_task = metrics_listener.map(|listener| tokio::spawn(serve_metrics(listener, server.rooms.clone())));
-        tokio::spawn(Arc::clone(&server.port).accept(listener));
+        tokio::spawn(Arc::clone(&server.port).accept(listener, workers));
         set_health(&server.health, ServingStatus::Serving).await;
         tracing::info!(address = %server.address, version = telemetry::VERSION, database = ?config.database_url, "serving");
         Ok(server)

@@ -31,7 +31,7 @@ use crate::{
     grant::{Derived, Grant, Need, Verdict},
     scope::{Routes, Scope},
     store::Store,
-    token::{Digest, Keyring},
+    token::{Digest, Keyring, TokenId},
     usage::Usage,
 };
 
@@ -184,8 +184,13 @@ impl Validator {
     /// Counts the use that [`Validator::judge_known`] has judged.
     pub fn count_use(&self, question: &Question<'_>, answer: &Answer, now: Time) {
         if let Some(grant) = answer.grant.as_ref().filter(|_| answer.verdict == Verdict::Valid && !question.peek) {
-            self.usage.mark(grant.token_id(), question.need.client_ip, now);
+            self.count(grant.token_id(), question.need.client_ip, now);
         }
+    }
+
+    /// Counts one use of a token.
+    pub fn count(&self, token_id: TokenId, client_ip: Option<IpAddr>, now: Time) {
+        self.usage.mark(token_id, client_ip, now);
     }
 
     /// Says which digests will be asked about: see [`Cache::bring_near`].

@@ -22,14 +22,15 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, header::AUTHORIZATION};
+use http::{HeaderMap, HeaderValue, Request, Response, header::AUTHORIZATION};
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{runtime::Handle, sync::Semaphore, task::JoinSet, time::timeout};
 use tonic::{Code, Status, body::Body, service::Routes};
 use tower_service::Service as _;
 
 use super::{
     Api, Call,
+    hot::{Begun, Credentials, Reply},
     rates::{PerPrincipal, Reports},
     status,
 };
@@ -97,13 +98,19 @@ pub struct Method {
     pub request_bytes_max: usize,
 }
 
+/// Methods that are answered at once where that is possible.
+pub(super) const VALIDATE: &str = "/keyward.v1.ValidationService/ValidateToken";
+pub(super) const BATCH: &str = "/keyward.v1.ValidationService/BatchValidateTokens";
+const BATCH_BYTES_MAX: usize = 1_024 * KIB;
+
 /// The largest message of a public method.
 pub const PUBLIC_BYTES_MAX: usize = 64 * KIB;
 const KIB: usize = 1_024;
+const DATA_BYTES_MAX: usize = 16 * KIB;
 
 const fn method(path: &'static str, access: Access, plane: Plane) -> Method {
     let request_bytes_max = match plane {
-        Plane::Data => 16 * KIB,
+        Plane::Data => DATA_BYTES_MAX,
         Plane::Control | Plane::Report | Plane::Stream => 64 * KIB,
         Plane::Health => KIB,
     };
@@ -112,8 +119,8 @@ const fn method(path: &'static str, access: Access, plane: Plane) -> Method {
 
 /// Every method there is: who may what.
 pub const METHODS: [Method; 44] = [
-    method("/keyward.v1.ValidationService/ValidateToken", Access::Validate, Plane::Data),
-    Method { request_bytes_max: 1_024 * KIB, ..method("/keyward.v1.ValidationService/BatchValidateTokens", Access::Validate, Plane::Data) },
+    method(VALIDATE, Access::Validate, Plane::Data),
+    Method { request_bytes_max: BATCH_BYTES_MAX, ..method(BATCH, Access::Validate, Plane::Data) },
     method("/keyward.v1.TokenService/CreateToken", Access::Admin, Plane::Control),
     method("/keyward.v1.TokenService/GetToken", Access::Admin, Plane::Control),
     method("/keyward.v1.TokenService/ListTokens", Access::Admin, Plane::Control),
@@ -264,10 +271,11 @@ pub struct Gate {
     test_notices: PerPrincipal,
     retries: PerPrincipal,
     active: Arc<AtomicUsize>,
+    control: Handle,
 }
 
 impl Gate {
-    /// One in front of these routes.
+    /// One in front of these routes. What has to wait is done on the present runtime.
     #[must_use]
     pub fn new(api: Api, routes: Routes, clock: Clock, limits: Limits) -> Self {
         Self {
@@ -284,6 +292,7 @@ impl Gate {
             test_notices: PerPrincipal::new(limits.test_notices_max),
             retries: PerPrincipal::new(limits.own_changes_max),
             active: Arc::default(),
+            control: Handle::current(),
         }
     }
 
@@ -293,8 +302,41 @@ impl Gate {
         self.active.load(Ordering::SeqCst) == 0
     }
 
+    /// Answers a call at once, if it is one that can be.
+    pub fn serve_at_once<B>(&self, request: &mut Request<Begun<B>>, peer: &Peer, credentials: &Credentials) -> Option<Response<Reply>>
+    where
+        B: http_body::Body<Data = Bytes> + Unpin,
+    {
+        let watch = Stopwatch::start();
+        let response = self.api.answer_at_once(request, peer, credentials, self.clock.now())?;
+        let path = METHODS.iter().map(|method| method.path).find(|path| *path == request.uri().path())?;
+        self.api.metrics.request(path, 0, watch.elapsed());
+        tracing::debug!(method = path, code = "OK", micros = watch.elapsed().as_micros(), peer = %peer.address.ip(), "call");
+        Some(response)
+    }
+
+    /// Answers one call, on the runtime that the server was started on, where the store is.
+    pub async fn serve_elsewhere<B>(self: Arc<Self>, request: Request<B>, peer: Arc<Peer>) -> Response<Reply>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let control = self.control.clone();
+        // A set ends its tasks when it is dropped: a call whose client goes away goes no further.
+        let mut calls = JoinSet::new();
+        calls.spawn_on(async move { self.serve(request, &peer).await }, &control);
+        let response = match calls.join_next().await {
+            Some(Ok(response)) => response,
+            ended => {
+                let why = ended.and_then(Result::err).map_or("it was lost".to_owned(), |error| error.to_string());
+                completed(Status::from(Error::Internal(format!("a call did not end: {why}").into())).into_http())
+            }
+        };
+        response.map(Reply::Generated)
+    }
+
     /// Answers one call.
-    pub async fn serve<B>(&self, request: Request<B>, peer: &Peer) -> Response<Body>
+    async fn serve<B>(&self, request: Request<B>, peer: &Peer) -> Response<Body>
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -473,12 +515,22 @@ fn bearer(headers: &HeaderMap) -> Result<Option<&[u8]>, Error> {
     if values.next().is_some() {
         return Err(RULE);
     }
-    let (scheme, token) = value.as_bytes().split_at_checked(7).ok_or(RULE)?;
-    if scheme.eq_ignore_ascii_case(b"bearer ") { Ok(Some(token)) } else { Err(RULE) }
+    token_of(value).map(Some).ok_or(RULE)
+}
+
+/// The token in the value of `authorization`.
+pub(super) fn token_of(value: &HeaderValue) -> Option<&[u8]> {
+    let (scheme, token) = value.as_bytes().split_at_checked(7)?;
+    scheme.eq_ignore_ascii_case(b"bearer ").then_some(token)
+}
+
+/// The largest request of a method that is answered at once, in bytes.
+pub(super) fn bytes_max(path: &str) -> usize {
+    if path == BATCH { BATCH_BYTES_MAX } else { DATA_BYTES_MAX }
 }
 
 /// How long the caller waits: at most 8 digits and a unit, as the gRPC protocol has it; at most our own limit.
-fn deadline(headers: &HeaderMap, longest: Duration) -> Result<Duration, Error> {
+pub(super) fn deadline(headers: &HeaderMap, longest: Duration) -> Result<Duration, Error> {
     let Some(value) = headers.get(GRPC_TIMEOUT) else { return Ok(longest) };
     let parse = || {
         let (digits, unit) = value.to_str().ok()?.split_at_checked(value.len().checked_sub(1)?)?;

@@ -12,9 +12,9 @@ use crate::{
     validator::{Answer as Judgement, HttpRequest, Question},
 };
 
-const BATCH_MAX: usize = 1_000;
-const SCOPES_MAX: usize = 100;
-const AUDIENCE_CHARS_MAX: usize = 63;
+pub(super) const BATCH_MAX: usize = 1_000;
+pub(super) const SCOPES_MAX: usize = 100;
+pub(super) const AUDIENCE_CHARS_MAX: usize = 63;
 
 type Answer<T> = Result<Response<T>, Status>;
 

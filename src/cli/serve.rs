@@ -21,10 +21,14 @@ use crate::{
     token::{Keyring, Secret},
 };
 
+/// Two, so that no tick waits for a slow call.
+const CONTROL_THREADS: usize = 2;
+
 /// Runs the server until it is told to stop.
 pub(super) fn serve(config: &Config) -> ExitCode {
     telemetry::init_logs(&config.log, config.log_format);
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(config.workers).enable_all().build();
+    // For the control plane and the store; the data plane has threads of its own.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(CONTROL_THREADS).enable_all().build();
     outcome(runtime.map_err(|error| error.to_string()).and_then(|runtime| runtime.block_on(run(config))))
 }
 

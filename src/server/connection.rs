@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper::{body::Incoming, server::conn::http2, service::Service};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -24,10 +24,13 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::tls::Certificates;
+use super::{tls::Certificates, workers::Workers};
 use crate::{
     ambient,
-    api::gate::{Gate, Peer},
+    api::{
+        gate::{Gate, Peer},
+        hot::{Begun, Credentials, Reply},
+    },
     telemetry::Metrics,
 };
 
@@ -86,7 +89,7 @@ impl Port {
     }
 
     /// Accepts connections until the drain begins.
-    pub(super) async fn accept(self: Arc<Self>, listener: TcpListener) {
+    pub(super) async fn accept(self: Arc<Self>, listener: TcpListener, workers: Workers) {
         let mut phase = self.phase.clone();
         loop {
             let Ok(permit) = Arc::clone(&self.permits).acquire_owned().await else { return };
@@ -96,7 +99,9 @@ impl Port {
             };
             match accepted {
                 Ok((stream, address)) => {
-                    tokio::spawn(Arc::clone(&self).serve(stream, address, permit));
+                    if let Err(error) = workers.hand(stream, address, permit).await {
+                        tracing::warn!(%error, "a connection could not be handed on");
+                    }
                 }
                 Err(error) => {
                     // Out of file descriptors, most likely: wait until some connections have closed.
@@ -132,7 +137,8 @@ impl Port {
         }
     }
 
-    async fn serve(self: Arc<Self>, stream: TcpStream, address: SocketAddr, _permit: OwnedSemaphorePermit) {
+    /// Drives a connection to its end.
+    pub(super) async fn serve(self: Arc<Self>, stream: TcpStream, address: SocketAddr, _permit: OwnedSemaphorePermit) {
         self.metrics.connections.inc();
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "TCP_NODELAY could not be set");
@@ -162,12 +168,8 @@ impl Port {
     async fn drive(&self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, peer: Peer) {
         let heard = Arc::new(AtomicUsize::new(0));
         let stream = TokioIo::new(Heard { stream, heard: Arc::clone(&heard) });
-        let gate = &self.gate;
-        let service = service_fn(move |request: hyper::Request<Incoming>| {
-            let (gate, peer) = (Arc::clone(gate), peer.clone());
-            async move { Ok::<_, Infallible>(gate.serve(request, &peer).await) }
-        });
-        let mut connection = pin!(http2().serve_connection(stream, service));
+        let calls = Calls { gate: Arc::clone(&self.gate), peer: Arc::new(peer), credentials: Credentials::default() };
+        let mut connection = pin!(http2().serve_connection(stream, calls));
         let mut phase = self.phase.clone();
         let first = tokio::select! {
             result = connection.as_mut() => Some(result),
@@ -199,6 +201,8 @@ fn http2() -> http2::Builder<TokioExecutor> {
         // A client whose deadlines run out resets many streams at once, in good faith.
         .max_pending_accept_reset_streams(STREAMS_MAX as usize)
         .max_header_list_size(HEADER_BYTES_MAX)
+        // No gRPC server sends the date, and no client reads it.
+        .auto_date_header(false)
         .keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT);
     builder
@@ -207,6 +211,44 @@ fn http2() -> http2::Builder<TokioExecutor> {
 fn age_max() -> Duration {
     let jitter = ambient::random::<1>().map_or(0, |[byte]| u32::from(byte));
     CONNECTION_AGE_MAX + CONNECTION_AGE_MAX / 10 * jitter / 256
+}
+
+/// The calls of one connection.
+struct Calls {
+    gate: Arc<Gate>,
+    peer: Arc<Peer>,
+    credentials: Credentials,
+}
+
+/// An answer that is there, or on its way.
+enum Answering {
+    AtOnce(Option<hyper::Response<Reply>>),
+    Later(Pin<Box<dyn Future<Output = hyper::Response<Reply>> + Send>>),
+}
+
+impl Future for Answering {
+    type Output = Result<hyper::Response<Reply>, Infallible>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut *self {
+            Self::AtOnce(response) => response.take().map_or(Poll::Pending, |response| Poll::Ready(Ok(response))),
+            Self::Later(response) => response.as_mut().poll(context).map(Ok),
+        }
+    }
+}
+
+impl Service<hyper::Request<Incoming>> for Calls {
+    type Response = hyper::Response<Reply>;
+    type Error = Infallible;
+    type Future = Answering;
+
+    fn call(&self, request: hyper::Request<Incoming>) -> Answering {
+        let mut request = request.map(Begun::new);
+        match self.gate.serve_at_once(&mut request, &self.peer, &self.credentials) {
+            Some(response) => Answering::AtOnce(Some(response)),
+            None => Answering::Later(Box::pin(Arc::clone(&self.gate).serve_elsewhere(request, Arc::clone(&self.peer)))),
+        }
+    }
 }
 
 /// Counts the first bytes that are read.
