@@ -1,4 +1,4 @@
-//! What time is it, and give me random bytes: the only reader of clocks and of the operating system's randomness.
+//! What time is it, give me random bytes, and which thread is this: the only reader of clocks and of the operating system's randomness.
 //!
 //! Invariant: no other room reads a clock or draws randomness (`clippy.toml` bans the calls; test `owners_are_alone`).
 
@@ -8,7 +8,7 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicI64, Ordering},
+        atomic::{AtomicI64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant, SystemTime},
 };
@@ -153,4 +153,36 @@ pub fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];
     SysRng.try_fill_bytes(&mut bytes).map_err(|error| Error::Internal(error.into()))?;
     Ok(bytes)
+}
+
+/// How many lanes there are.
+pub const LANES: usize = 16;
+
+static LANES_TAKEN: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    static LANE: usize = LANES_TAKEN.fetch_add(1, Ordering::Relaxed) % LANES;
+}
+
+/// The lane of the calling thread: the first thread that asks has lane 0, the next lane 1, and after [`LANES`] threads they begin anew. What every call counts
+/// is kept once for each lane and summed by whoever reads it, so that no two cores write to the same memory. Threads may share a lane: what is kept there is
+/// atomic or locked all the same, it just has hardly ever to be waited for.
+#[must_use]
+pub fn lane() -> usize {
+    LANE.with(|lane| *lane)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn a_thread_keeps_its_lane_and_threads_are_spread_over_lanes() {
+        let threads = (0..LANES).map(|_| std::thread::spawn(|| [lane(), lane()])).collect::<Vec<_>>();
+        let lanes = threads.into_iter().map(|thread| thread.join().expect("a lane")).collect::<Vec<_>>();
+        assert!(lanes.iter().all(|[first, second]| first == second && *first < LANES), "{lanes:?}");
+        assert!(lanes.iter().collect::<BTreeSet<_>>().len() > 1, "{lanes:?}");
+    }
 }
