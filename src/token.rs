@@ -238,10 +238,11 @@ impl TokenId {
         unique(now).map(Self)
     }
 
-    /// Which of `count` shards it falls into, by its random part.
+    /// Which of `count` places it falls into, 65,536 at most, by its random part.
     #[must_use]
     pub fn shard(self, count: usize) -> usize {
-        self.0.to_be_bytes().last().map_or(0, |byte| usize::from(*byte)) % count
+        let [.., high, low] = self.0.to_be_bytes();
+        usize::from(u16::from_be_bytes([high, low])) % count
     }
 
     /// As 16 bytes.

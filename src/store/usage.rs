@@ -11,6 +11,9 @@ use sea_orm::{
 use super::{Store, entity::usage};
 use crate::{ambient::Time, error::Result, token::TokenId};
 
+/// Tokens whose uses are written at once: below the databases' limits on parameters.
+const ROWS_MAX: usize = 5_000;
+
 /// Uses of one token that the store does not know of yet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct UseDelta {
@@ -25,6 +28,12 @@ pub struct UseDelta {
 }
 
 impl Store {
+    /// How many rows [`Store::add_uses`] takes at once.
+    #[must_use]
+    pub fn uses_max(&self) -> usize {
+        ROWS_MAX
+    }
+
     /// Adds uses: all of them or none. If the database's answer is lost, nobody knows which.
     ///
     /// # Errors
