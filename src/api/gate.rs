@@ -204,7 +204,7 @@ impl http_body::Body for Counted {
     }
 }
 
-/// What calls are counted under.
+/// What calls are counted under: the methods in their order, and behind them what is none.
 #[must_use]
 pub fn counted_names() -> Vec<&'static str> {
     METHODS.iter().map(|method| method.path).chain([UNKNOWN_METHOD]).collect()
@@ -343,7 +343,8 @@ impl Gate {
     {
         let watch = Stopwatch::start();
         let active = Active::new(&self.active);
-        let known = METHODS.iter().find(|method| method.path == request.uri().path());
+        let place = METHODS.iter().position(|method| method.path == request.uri().path());
+        let known = place.and_then(|place| METHODS.get(place));
         let mut who = None;
         let response = match known {
             None => status::complete(&Status::unimplemented("")).unwrap_or_else(|| Status::unimplemented("")).into_http(),
@@ -356,7 +357,7 @@ impl Gate {
             _ => completed(response),
         };
         let (path, code) = (known.map_or(UNKNOWN_METHOD, |method| method.path), code(response.headers()));
-        self.api.metrics.request(path, code, watch.elapsed());
+        self.api.metrics.request(place.unwrap_or(METHODS.len()), code, watch.elapsed());
         let caller = who.as_ref().and_then(|caller: &Caller| caller.token_id);
         if let (Some(method), Some(caller)) = (known, who) {
             self.note_refusal(*method, caller, code);
