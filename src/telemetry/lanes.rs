@@ -211,10 +211,14 @@ mod tests {
         registry.register("request_seconds", "S", latencies.clone());
         registry.register("verdicts", "V", verdicts.clone());
         for method in ["a.B/C", "unknown"] {
-            CODES.iter().for_each(|code| drop(requests.get_or_create(&RequestLabels { method, code })));
+            for code in CODES {
+                drop(requests.get_or_create(&RequestLabels { method, code }));
+            }
             drop(latencies.get_or_create(&MethodLabels { method }));
         }
-        VERDICTS.iter().for_each(|(_, verdict)| drop(verdicts.get_or_create(&VerdictLabels { verdict })));
+        for (_, verdict) in VERDICTS {
+            drop(verdicts.get_or_create(&VerdictLabels { verdict }));
+        }
         // Sums that are the same in whatever order they are made, and latencies at the ends of buckets.
         for (nanos, code) in [(0, 0), (50_000, 0), (50_001, 5), (1_000_000_000, 16), (10_000_000_000, 0), (10_000_000_001, 14)] {
             lanes.request(0, code, Duration::from_nanos(nanos));
