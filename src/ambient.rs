@@ -8,7 +8,7 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicI64, AtomicUsize, Ordering},
+        atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant, SystemTime},
 };
@@ -170,6 +170,30 @@ thread_local! {
 #[must_use]
 pub fn lane() -> usize {
     LANE.with(|lane| *lane)
+}
+
+/// A count that many threads add to and few read.
+#[derive(Debug, Default)]
+pub struct Tally([OwnLine; LANES]);
+
+/// So far from its neighbours that no two lanes' counts share what processors pass to and fro.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct OwnLine(AtomicU64);
+
+impl Tally {
+    /// Adds.
+    pub fn add(&self, count: u64) {
+        if let Some(OwnLine(own)) = self.0.get(lane()) {
+            own.fetch_add(count, Ordering::Relaxed);
+        }
+    }
+
+    /// The sum of all that was added.
+    #[must_use]
+    pub fn sum(&self) -> u64 {
+        self.0.iter().map(|OwnLine(count)| count.load(Ordering::Relaxed)).sum()
+    }
 }
 
 #[cfg(test)]

@@ -71,6 +71,12 @@ impl fmt::Debug for Digest {
     }
 }
 
+/// Whether two secrets are the same, in a time that depends on their lengths only.
+#[must_use]
+pub fn is_same_secret(one: &[u8], other: &[u8]) -> bool {
+    constant_time_eq::constant_time_eq(one, other)
+}
+
 /// A token's text on its way to its holder. Prints as `…` and is overwritten when dropped.
 pub struct Secret(Zeroizing<String>);
 

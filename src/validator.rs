@@ -14,17 +14,14 @@ mod flights;
 use std::{
     collections::HashMap,
     net::IpAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
 };
 
 use flights::{Flights, Missing};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
-    ambient::Time,
+    ambient::{Tally, Time},
     cache::{Cache, Fact, Standing},
     caller::Caller,
     error::{Error, Result},
@@ -106,8 +103,8 @@ pub struct Validator {
     flights: Arc<Flights<Digest, Fact>>,
     route_flights: Arc<Flights<Arc<str>, Arc<Routes>>>,
     permits: Arc<Semaphore>,
-    hits: AtomicU64,
-    misses: AtomicU64,
+    hits: Tally,
+    misses: Tally,
 }
 
 impl Validator {
@@ -122,16 +119,16 @@ impl Validator {
             flights: Arc::default(),
             route_flights: Arc::default(),
             permits: Arc::new(Semaphore::new(FLIGHTS_MAX)),
-            hits: AtomicU64::new(0),
-            misses: AtomicU64::new(0),
+            hits: Tally::default(),
+            misses: Tally::default(),
         })
     }
 
     /// How it has gone so far.
     pub fn stats(&self) -> Stats {
         Stats {
-            hits: self.hits.load(Ordering::Relaxed),
-            misses: self.misses.load(Ordering::Relaxed),
+            hits: self.hits.sum(),
+            misses: self.misses.sum(),
             flights: FLIGHTS_MAX - self.permits.available_permits(),
             cached: self.cache.len(),
         }
@@ -151,7 +148,7 @@ impl Validator {
     async fn validate_digest(self: &Arc<Self>, digest: Digest, question: Question<'_>, now: Time) -> Result<Answer> {
         let fact = match self.cache.get(&digest) {
             Some(fact) => {
-                self.hits.fetch_add(1, Ordering::Relaxed);
+                self.hits.add(1);
                 fact
             }
             None => self.fetch(digest).await?,
@@ -177,7 +174,7 @@ impl Validator {
             Some(workspace) => Some(self.cache.routes(workspace)?),
             None => None,
         };
-        self.hits.fetch_add(1, Ordering::Relaxed);
+        self.hits.add(1);
         Some(judge(fact, question, routes.as_deref(), now))
     }
 
@@ -211,8 +208,8 @@ impl Validator {
         missing.sort_unstable_by_key(|digest| *digest.as_bytes());
         missing.dedup();
         let hits = known.iter().flatten().count();
-        self.hits.fetch_add(u64::try_from(hits).unwrap_or(0), Ordering::Relaxed);
-        self.misses.fetch_add(u64::try_from(missing.len()).unwrap_or(0), Ordering::Relaxed);
+        self.hits.add(u64::try_from(hits).unwrap_or(0));
+        self.misses.add(u64::try_from(missing.len()).unwrap_or(0));
         let read = self.read(&missing).await?;
         let facts = digests.iter().zip(known).map(|(digest, fact)| {
             let fact = fact.or_else(|| digest.as_ref().and_then(|digest| read.get(digest)).cloned());
@@ -296,7 +293,7 @@ impl Validator {
 
     /// Reads a digest that the cache does not know, together with everybody else who asks for it now.
     async fn fetch(self: &Arc<Self>, digest: Digest) -> Result<Fact> {
-        self.misses.fetch_add(1, Ordering::Relaxed);
+        self.misses.add(1);
         let begin = || {
             let (reader, admitter) = (Arc::clone(self), Arc::clone(self));
             let ticket = self.cache.ticket();

@@ -308,10 +308,12 @@ impl Gate {
         B: http_body::Body<Data = Bytes> + Unpin,
     {
         let watch = Stopwatch::start();
-        let response = self.api.answer_at_once(request, peer, credentials, self.clock.now())?;
-        let path = METHODS.iter().map(|method| method.path).find(|path| *path == request.uri().path())?;
-        self.api.metrics.request(path, 0, watch.elapsed());
-        tracing::debug!(method = path, code = "OK", micros = watch.elapsed().as_micros(), peer = %peer.address.ip(), "call");
+        // They stand at the head of the table.
+        let at_once = METHODS.iter().enumerate().take_while(|(_, method)| method.plane == Plane::Data);
+        let (place, method) = at_once.into_iter().find(|(_, method)| method.path == request.uri().path())?;
+        let response = self.api.answer_at_once(request, peer, credentials, method.request_bytes_max, self.clock.now())?;
+        self.api.metrics.request(place, 0, watch.elapsed());
+        tracing::debug!(method = method.path, code = "OK", micros = watch.elapsed().as_micros(), peer = %peer.address.ip(), "call");
         Some(response)
     }
 
@@ -525,10 +527,6 @@ pub(super) fn token_of(value: &HeaderValue) -> Option<&[u8]> {
     scheme.eq_ignore_ascii_case(b"bearer ").then_some(token)
 }
 
-/// The largest request of a method that is answered at once, in bytes.
-pub(super) fn bytes_max(path: &str) -> usize {
-    if path == BATCH { BATCH_BYTES_MAX } else { DATA_BYTES_MAX }
-}
 
 /// How long the caller waits: at most 8 digits and a unit, as the gRPC protocol has it; at most our own limit.
 pub(super) fn deadline(headers: &HeaderMap, longest: Duration) -> Result<Duration, Error> {

@@ -16,7 +16,6 @@ use std::{
 };
 
 use bytes::{BufMut as _, Bytes};
-use constant_time_eq::constant_time_eq;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response,
     header::{AUTHORIZATION, CONTENT_TYPE},
@@ -34,7 +33,7 @@ use crate::{
     ambient::Time,
     caller::{Access, Rights},
     grant::{Need, Verdict},
-    token::{Digest, TokenId},
+    token::{self, Digest, TokenId},
     validator::{Answer, Question},
 };
 
@@ -150,7 +149,7 @@ impl Credentials {
     fn digest(&self, value: &HeaderValue, prove: impl FnOnce(&[u8]) -> Option<Digest>) -> Option<Digest> {
         let mut last = self.0.borrow_mut();
         if let Some((known, digest)) = last.as_ref()
-            && constant_time_eq(known.as_bytes(), value.as_bytes())
+            && token::is_same_secret(known.as_bytes(), value.as_bytes())
         {
             return Some(*digest);
         }
@@ -182,16 +181,12 @@ impl Api {
         request: &mut Request<Begun<B>>,
         peer: &Peer,
         credentials: &Credentials,
+        bytes_max: usize,
         now: Time,
     ) -> Option<Response<Reply>>
     where
         B: http_body::Body<Data = Bytes> + Unpin,
     {
-        let answer = match request.uri().path() {
-            gate::VALIDATE => Self::answer_one,
-            gate::BATCH => Self::answer_batch,
-            _ => return None,
-        };
         let headers = request.headers();
         let is_plain = request.method() == Method::POST && headers.get(CONTENT_TYPE) == Some(&GRPC) && !headers.contains_key(GRPC_ENCODING);
         if !is_plain || gate::deadline(headers, std::time::Duration::MAX).ok()?.is_zero() {
@@ -204,10 +199,14 @@ impl Api {
         let message = request.body_mut().whole()?;
         let (flags, rest) = message.split_first_chunk::<FRAME_HEADER_BYTES>()?;
         let [0, length @ ..] = *flags else { return None };
-        if rest.len() > gate::bytes_max(request.uri().path()) || u32::from_be_bytes(length) as usize != rest.len() {
+        if rest.len() > bytes_max || u32::from_be_bytes(length) as usize != rest.len() {
             return None;
         }
-        let frame = answer(self, rest, caller.reach(), now)?;
+        let frame = match request.uri().path() {
+            gate::VALIDATE => self.answer_one(rest, caller.reach(), now),
+            gate::BATCH => self.answer_batch(rest, caller.reach(), now),
+            _ => None,
+        }?;
         self.validator.count_use(&asked_of_caller, &caller.answer, now);
         Some(plain(frame))
     }
