@@ -1,0 +1,90 @@
+//! How long calls take at half load, and what two cores give.
+
+use crate::{
+    Options,
+    process::{BOTH_CORES, CLIENT_CORE, Client, Keyward, Settings},
+    site::Site,
+    stats::{Spread, print_table},
+};
+
+/// How long calls are sent at the fixed rate in each round.
+const SECONDS: u32 = 3;
+/// Calls of a round with each server, as many times as of a round of single calls.
+const CALLS: u64 = 3;
+
+/// Measures latency at half of this rate, and prints it.
+pub fn latency(options: &Options, site: &Site, saturated: f64) {
+    let keyward = Keyward::start(&site.copy("latency"), &Settings::default());
+    let tokens = site.tokens("asked.tokens", std::slice::from_ref(&site.asked));
+    let mut client = Client::start(CLIENT_CORE, keyward.server.port, &site.caller, &tokens);
+    let rate = (saturated / 2.0).floor();
+    let mut rounds: Vec<[f64; 3]> = Vec::new();
+    for round in 0..=options.rounds.div_ceil(2) {
+        let judged = keyward.verdicts("VALID");
+        let [count, valid, _, p50, p99, late] = client.run(&format!("paced {rate} {SECONDS}"))[..] else { panic!("six numbers") };
+        assert_eq!(count, valid, "answers, and good ones");
+        assert_eq!((keyward.verdicts("VALID") - judged) as f64, count, "calls that were judged VALID");
+        rounds.extend(Some([p50, p99, late]).filter(|_| round > 0));
+    }
+    let of = |index: usize| Spread::of(rounds.iter().map(|round| round[index]));
+    let ratio = Spread::of(rounds.iter().map(|round| round[1] / round[0]));
+    println!("## Latency at half load: {rate:.0} calls a second on a fixed schedule, {} rounds of {SECONDS} s\n", rounds.len());
+    let head = ["p50 µs", "p99 µs", "p99 / p50 (aim: at most 2)", "the client was late by, p99 µs"];
+    print_table(&head, &[vec![of(0).show(0), of(1).show(0), ratio.show(2), of(2).show(0)]]);
+}
+
+/// A server with so many workers, and who fills it.
+struct Side {
+    keyward: Keyward,
+    client: Client,
+    /// Nanoseconds a call, and calls per second, in each round.
+    cpu: Vec<f64>,
+    rate: Vec<f64>,
+}
+
+impl Side {
+    fn new(site: &Site, name: &str, settings: &Settings<'_>, client_cores: &str) -> Self {
+        let keyward = Keyward::start(&site.copy(name), settings);
+        let tokens = site.tokens("asked.tokens", std::slice::from_ref(&site.asked));
+        let client = Client::start(client_cores, keyward.server.port, &site.caller, &tokens);
+        Self { keyward, client, cpu: Vec::new(), rate: Vec::new() }
+    }
+
+    fn round(&mut self, calls: u64, is_kept: bool) {
+        let (judged, before) = (self.keyward.verdicts("VALID"), self.keyward.server.cpu());
+        let [count, valid, seconds] = self.client.run(&format!("closed {calls}"))[..] else { panic!("three numbers") };
+        let cpu = self.keyward.server.cpu() - before;
+        assert_eq!((count as u64, valid as u64), (calls, calls), "answers, and good ones");
+        assert_eq!(self.keyward.verdicts("VALID") - judged, calls, "calls that were judged VALID");
+        self.cpu.extend(Some(cpu / count).filter(|_| is_kept));
+        self.rate.extend(Some(count / seconds).filter(|_| is_kept));
+    }
+}
+
+/// Measures what a call costs with one worker and with two, and prints what two cores give: with the client on the same two cores, only the
+/// server's own time can say it.
+pub fn scaling(options: &Options, site: &Site) {
+    let two = Settings { cores: BOTH_CORES, workers: 2, more: Vec::new() };
+    let mut one = Side::new(site, "one", &Settings::default(), CLIENT_CORE);
+    let mut two = Side::new(site, "two", &two, BOTH_CORES);
+    for round in 0..=options.rounds {
+        let mut sides = [&mut one, &mut two];
+        if round % 2 == 1 {
+            sides.reverse();
+        }
+        sides.into_iter().for_each(|side| side.round(options.calls * CALLS, round > 0));
+    }
+    println!("## Two cores: {} rounds of {} calls each\n", options.rounds, options.calls * CALLS);
+    let cells = |name: &str, side: &Side| {
+        let micros = Spread::of(side.cpu.iter().map(|cpu| cpu / 1e3));
+        let rate = Spread::of(side.rate.iter().copied());
+        vec![name.to_owned(), micros.show(1), format!("{:.0}", 1e6 / micros.median), rate.show(0)]
+    };
+    let head = ["server", "server CPU µs per call", "calls per second of CPU", "calls per second, client beside it"];
+    print_table(
+        &head,
+        &[cells("one worker on one core, client on the other", &one), cells("two workers, client on the same two cores", &two)],
+    );
+    let factor = Spread::of(one.cpu.iter().zip(&two.cpu).map(|(one, two)| 2.0 * one / two));
+    println!("Two cores give {} times one core (2 × CPU per call with one worker / with two; aim: at least 1.9)\n", factor.show(2));
+}
