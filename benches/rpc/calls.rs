@@ -153,7 +153,8 @@ fn h2load(server: &Server, calls: u64, body: &Path, scheme: &str, caller: &str) 
     Sample { cpu, rate: rate.expect("a rate") }
 }
 
-fn start_empty(site: &Site, kind: &str, folder: Option<&Path>) -> Server {
+/// A server that does nothing.
+pub fn start_empty(site: &Site, kind: &str, folder: Option<&Path>) -> Server {
     let port = free_port();
     let mut command = pinned(SERVER_CORE, own_path());
     command.args(["--empty", kind, &port.to_string()]).args(folder);

@@ -13,7 +13,7 @@ use std::{
 };
 
 use keyward::proto;
-use prost_reflect::prost::{self, Message as _};
+use prost::Message as _;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -126,7 +126,9 @@ pub fn run(arguments: &[String]) {
             _ => panic!("no such order: {order}"),
         };
         let mut line = String::new();
-        numbers.iter().for_each(|number| write!(line, "{number} ").expect("text"));
+        for number in numbers {
+            write!(line, "{number} ").expect("text");
+        }
         println!("{line}");
         std::io::stdout().flush().expect("heard");
     }
@@ -156,7 +158,7 @@ impl Asker {
         self.on_all(calls, |asker, part| async move {
             let mut wire = Wire::connect(asker.port, wire::VALIDATE, &asker.caller).await;
             let messages = part.map(|index| wire::framed(&asker.questions[index % asker.questions.len()]));
-            calls_in_turn(&mut wire, UNDER_WAY, messages, |answered, received| answered.take_single(received)).await
+            calls_in_turn(&mut wire, UNDER_WAY, messages, Answered::take_single).await
         })
         .await
     }
@@ -203,14 +205,14 @@ impl Asker {
                 }
                 polled.line.call(sent as u64, &wire::framed(&self.questions[sent % self.questions.len()]));
                 polled.flush();
-                late.push((begin.elapsed() - due(sent)).as_nanos() as u64);
+                late.push(begin.elapsed().saturating_sub(due(sent)).as_nanos() as u64);
                 sent += 1;
             }
             for polled in &mut lines {
                 polled.receive(|tag, received| {
                     answered.take_single(received);
                     if tag as usize >= total / WARM_UP {
-                        latencies.push((begin.elapsed() - due(tag as usize)).as_nanos() as u64);
+                        latencies.push(begin.elapsed().saturating_sub(due(tag as usize)).as_nanos() as u64);
                     }
                 });
             }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use keyward::proto;
-use prost_reflect::prost::Message as _;
+use prost::Message as _;
 use sea_orm::{ConnectionTrait as _, Database};
 use tokio::task::JoinSet;
 

@@ -18,10 +18,11 @@ use http_body_util::BodyExt as _;
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use keyward::proto;
-use prost_reflect::prost::Message as _;
+use prost::Message as _;
 use tokio::{net::TcpListener, runtime::Builder};
+use tokio_stream::{Stream, StreamExt as _};
 use tonic::{
-    Request, Response, Status,
+    Request, Response, Status, Streaming,
     body::Body,
     transport::{Identity, ServerTlsConfig},
 };
@@ -89,14 +90,21 @@ impl tower_service::Service<http::Request<Body>> for Empty {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        assert_eq!(request.uri().path(), wire::VALIDATE);
-        Box::pin(async move { Ok(tonic::server::Grpc::new(tonic_prost::ProstCodec::default()).unary(Unary, request).await) })
+        match request.uri().path() {
+            wire::VALIDATE => {
+                Box::pin(async { Ok(tonic::server::Grpc::new(tonic_prost::ProstCodec::default()).unary(Nothing, request).await) })
+            }
+            wire::STREAM => {
+                Box::pin(async { Ok(tonic::server::Grpc::new(tonic_prost::ProstCodec::default()).streaming(Nothing, request).await) })
+            }
+            path => panic!("{path} is not served here"),
+        }
     }
 }
 
-struct Unary;
+struct Nothing;
 
-impl tonic::server::UnaryService<proto::ValidateTokenRequest> for Unary {
+impl tonic::server::UnaryService<proto::ValidateTokenRequest> for Nothing {
     type Response = proto::ValidateTokenResponse;
     type Future = Boxed<Result<Response<Self::Response>, Status>>;
 
@@ -108,6 +116,24 @@ impl tonic::server::UnaryService<proto::ValidateTokenRequest> for Unary {
 /// As the generated trait has it: a box of its own.
 fn validate_token(_: Request<proto::ValidateTokenRequest>) -> Boxed<Result<Response<proto::ValidateTokenResponse>, Status>> {
     Box::pin(async { Ok(Response::new(constant())) })
+}
+
+/// What the streaming call answers, as far as it is needed here: written out, since not every version has it.
+#[derive(Clone, PartialEq, prost::Message)]
+struct StreamAnswer {
+    #[prost(message, optional, tag = "1")]
+    answer: Option<proto::ValidateTokenResponse>,
+}
+
+impl tonic::server::StreamingService<proto::ValidateTokenRequest> for Nothing {
+    type Response = StreamAnswer;
+    type ResponseStream = Pin<Box<dyn Stream<Item = Result<StreamAnswer, Status>> + Send>>;
+    type Future = Boxed<Result<Response<Self::ResponseStream>, Status>>;
+
+    fn call(&mut self, request: Request<Streaming<proto::ValidateTokenRequest>>) -> Self::Future {
+        let answers = request.into_inner().map(|question| question.map(|_| StreamAnswer { answer: Some(constant()) }));
+        Box::pin(async move { Ok(Response::new(Box::pin(answers) as Self::ResponseStream)) })
+    }
 }
 
 /// The floor: frames in, frames out, without reading or building a message.

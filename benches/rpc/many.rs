@@ -5,7 +5,8 @@ use tonic::{Code, transport::Channel};
 
 use crate::{
     Options,
-    process::{CLIENT_CORE, Client, Keyward, Settings},
+    calls::start_empty,
+    process::{CLIENT_CORE, Client, Keyward, Server, Settings},
     site::{Site, fill},
     stats::{Spread, print_table},
     wire,
@@ -14,68 +15,96 @@ use crate::{
 const BATCH: &str = "batch 100";
 const STREAM: &str = "stream";
 
-/// How it is asked, and what it took in each round: nanoseconds of the server's CPU a token.
+/// Who is asked and how, and what it took in each round: nanoseconds of the server's CPU a token.
 struct Row {
+    name: &'static str,
     order: &'static str,
     is_counted: bool,
+    /// Whether Keyward is asked, not the server that does nothing.
+    is_ours: bool,
     samples: Vec<f64>,
+}
+
+fn row(name: &'static str, order: &'static str, is_counted: bool) -> Row {
+    Row { name, order, is_counted, is_ours: true, samples: Vec::new() }
+}
+
+fn rows() -> [Row; 5] {
+    [
+        Row { is_ours: false, ..row("tonic, a stream whose handler does nothing", STREAM, false) },
+        row("Keyward, `StreamValidateTokens`, peek", STREAM, false),
+        row("Keyward, `StreamValidateTokens`, uses counted and written", STREAM, true),
+        row("Keyward, `BatchValidateTokens` of 100, peek", BATCH, false),
+        row("Keyward, `BatchValidateTokens` of 100, uses counted and written", BATCH, true),
+    ]
+}
+
+/// The servers, and who asks them.
+struct Place {
+    keyward: Keyward,
+    client: Client,
+    empty: Server,
+    empty_client: Client,
+    tokens: usize,
 }
 
 /// Measures, and prints the table.
 pub fn compare(options: &Options, site: &Site, runtime: &tokio::runtime::Runtime) {
     let folder = site.copy("many");
     let stored = runtime.block_on(fill(&folder, options.tokens));
-    let secrets: Vec<String> = stored.into_iter().map(|stored| stored.secret).collect();
-    let tokens = site.tokens("many.tokens", &secrets);
-    drop(secrets);
+    let tokens = site.tokens("many.tokens", &stored.into_iter().map(|stored| stored.secret).collect::<Vec<_>>());
     let keyward = Keyward::start(&folder, &Settings::default());
+    let empty = start_empty(site, "tonic-multi", None);
+    let client = |port| Client::start(CLIENT_CORE, port, &site.caller, &tokens);
+    let (ours, others) = (client(keyward.server.port), client(empty.port));
     let streams = runtime.block_on(is_served(&keyward, &site.caller));
-    let mut client = Client::start(CLIENT_CORE, keyward.server.port, &site.caller, &tokens);
-    let mut rows: Vec<Row> = [(BATCH, false), (BATCH, true), (STREAM, false), (STREAM, true)]
-        .into_iter()
-        .filter(|(order, _)| streams || *order != STREAM)
-        .map(|(order, is_counted)| Row { order, is_counted, samples: Vec::new() })
-        .collect();
+    let mut place = Place { keyward, client: ours, empty, empty_client: others, tokens: options.tokens };
+    let mut rows: Vec<Row> = rows().into_iter().filter(|row| streams || !row.is_ours || row.order != STREAM).collect();
     // The first pass reads every token from the database.
-    let cold = rows[0].round(&keyward, &mut client, options.tokens);
-    for round in 0..=options.rounds {
+    let cold = place.round(&row("", BATCH, false));
+    for round in 0..=options.few_rounds() {
         for turn in 0..rows.len() {
             let count = rows.len();
             let row = &mut rows[(turn + round) % count];
-            let sample = row.round(&keyward, &mut client, options.tokens);
+            let sample = place.round(row);
             row.samples.extend(Some(sample).filter(|_| round > 0));
         }
     }
-    println!("## Many tokens: {} different ones, one core, {} rounds over all of them\n", options.tokens, options.rounds);
-    let name = |row: &Row| if row.order == STREAM { "`StreamValidateTokens`" } else { "`BatchValidateTokens` of 100" };
-    let counted = |row: &Row| if row.is_counted { "uses counted and written" } else { "peek" };
-    let mut cells: Vec<_> = rows
-        .iter()
-        .map(|row| {
-            let spread = Spread::of(row.samples.iter().copied());
-            vec![format!("{}, {}", name(row), counted(row)), spread.show(0), format!("{:.0}", 1e9 / spread.median)]
-        })
-        .collect();
-    cells.push(vec!["the first pass, which reads them from the database".to_owned(), format!("{cold:.0}"), format!("{:.0}", 1e9 / cold)]);
-    if !streams {
-        cells.push(vec!["`StreamValidateTokens`".to_owned(), "not served".to_owned(), String::new()]);
-    }
-    print_table(&["asked by", "server CPU ns per token (median, min–max)", "tokens per second of CPU"], &cells);
-    println!("Memory of the server with all of them: {:.0} MiB\n", keyward.server.rss());
+    println!("## Many tokens: {} different ones, one core, {} rounds over all of them\n", options.tokens, options.few_rounds());
+    print(&rows, cold, streams);
+    println!("Memory of the server with all of them: {:.0} MiB\n", place.keyward.server.rss());
 }
 
-impl Row {
-    fn round(&self, keyward: &Keyward, client: &mut Client, tokens: usize) -> f64 {
-        let (judged, before) = (keyward.verdicts("VALID"), keyward.server.cpu());
-        let answer = client.run(&format!("{} {}", self.order, if self.is_counted { "count" } else { "peek" }));
-        if self.is_counted {
+fn print(rows: &[Row], cold: f64, streams: bool) {
+    let mut cells = Vec::new();
+    for row in rows {
+        let spread = Spread::of(row.samples.iter().copied());
+        let ratio = Spread::of_ratios(&row.samples, &rows[0].samples).median;
+        cells.push(vec![row.name.to_owned(), spread.show(0), format!("{ratio:.2}"), format!("{:.0}", 1e9 / spread.median)]);
+    }
+    let once = "Keyward, the first pass, which reads them from the database (once)";
+    cells.push(vec![once.to_owned(), format!("{cold:.0}"), String::new(), format!("{:.0}", 1e9 / cold)]);
+    if !streams {
+        cells.push(vec!["Keyward, `StreamValidateTokens`".to_owned(), "not served".to_owned(), String::new(), String::new()]);
+    }
+    print_table(&["answers", "server CPU ns per token (median, min–max)", "ratio to the first", "tokens per second of CPU"], &cells);
+}
+
+impl Place {
+    fn round(&mut self, row: &Row) -> f64 {
+        let server = if row.is_ours { &self.keyward.server } else { &self.empty };
+        let client = if row.is_ours { &mut self.client } else { &mut self.empty_client };
+        let (judged, before) = (self.keyward.verdicts("VALID"), server.cpu());
+        let answer = client.run(&format!("{} {}", row.order, if row.is_counted { "count" } else { "peek" }));
+        if row.is_counted {
             // Uses are written after the answers, and cost the server as well.
-            keyward.server.settle();
+            server.settle();
         }
-        let cpu = keyward.server.cpu() - before;
-        assert_eq!((answer[0] as usize, answer[1] as usize), (tokens, tokens), "answers, and good ones, to {}", self.order);
-        assert_eq!(keyward.verdicts("VALID") - judged, tokens as u64, "tokens that were judged VALID");
-        cpu / tokens as f64
+        let cpu = server.cpu() - before;
+        assert_eq!((answer[0] as usize, answer[1] as usize), (self.tokens, self.tokens), "answers, and good ones, to {}", row.order);
+        let judged = self.keyward.verdicts("VALID") - judged;
+        assert_eq!(judged as usize, if row.is_ours { self.tokens } else { 0 }, "tokens that were judged VALID");
+        cpu / self.tokens as f64
     }
 }
 

@@ -112,6 +112,10 @@ pub async fn rows(db: &impl sea_orm::ConnectionTrait, sql: &str) -> Vec<QueryRes
     db.query_all_raw(Statement::from_string(db.get_database_backend(), sql)).await.expect("rows")
 }
 
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]).filter_map(|digit| char::from_digit(digit.into(), 16)).collect()
+}
+
 /// A token that was put in.
 pub struct Stored {
     pub id: String,
@@ -142,7 +146,7 @@ pub async fn fill(folder: &Path, count: usize) -> Vec<Stored> {
         for number in first..count.min(first + ROWS) {
             let issued = keyring.issue(&prefix()).expect("randomness");
             let id = TokenId::new(now).expect("randomness").to_string();
-            let digest: String = issued.digest.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+            let digest = hexadecimal(issued.digest.as_bytes());
             let (now, end, principal) = (now.micros(), (now + LIFE).micros(), number % PRINCIPALS);
             values.push(format!(
                 "('{id}', 'default', x'{digest}', 'bench {number}', 'service-{principal}', 1, 1, '{}', 'agents:list storage:upload', \

@@ -265,14 +265,15 @@ fn header_block(path: &str, caller: &str) -> Vec<u8> {
         block.extend_from_slice(text.as_bytes());
     };
     let authorization = format!("Bearer {caller}");
-    for (name, value) in [(4, path), (1, "localhost"), (31, "application/grpc")] {
+    // Numbers of names in the static table.
+    for (name, value) in [(0x04, path), (0x01, "localhost"), (0x1f, "application/grpc")] {
         block.push(0x40 | name);
         text(&mut block, value);
     }
     block.push(0x40);
     text(&mut block, "te");
     text(&mut block, "trailers");
-    block.push(0x40 | 23);
+    block.push(0x40 | 0x17);
     text(&mut block, &authorization);
     block
 }
