@@ -2,7 +2,8 @@
 
 use crate::{
     Options,
-    process::{BOTH_CORES, CLIENT_CORE, Client, Keyward, Settings},
+    calls::start_empty,
+    process::{BOTH_CORES, CLIENT_CORE, Client, Keyward, Server, Settings},
     site::Site,
     stats::{Spread, print_table},
 };
@@ -12,30 +13,65 @@ const SECONDS: u32 = 3;
 /// Calls of a round with each server, as many times as of a round of single calls.
 const CALLS: u64 = 2;
 
-/// Measures latency at half of this rate, and prints it.
+/// Who is asked at a fixed rate, and what came of it in each round: p50, p99, by how much the client was late (p99), all in microseconds; and for how
+/// many milliseconds of a second the server waited for its core.
+struct Paced<'a> {
+    name: &'static str,
+    server: &'a Server,
+    /// Whose verdicts are counted.
+    keyward: Option<&'a Keyward>,
+    client: Client,
+    rounds: Vec<[f64; 4]>,
+}
+
+impl Paced<'_> {
+    fn round(&mut self, rate: f64, is_kept: bool) {
+        let judged = || self.keyward.map_or(0, |keyward| keyward.verdicts("VALID"));
+        let (before, waited) = (judged(), self.server.waited());
+        let [count, valid, seconds, p50, p99, late] = self.client.run(&format!("paced {rate} {SECONDS}"))[..] else {
+            panic!("six numbers")
+        };
+        let waited = (self.server.waited() - waited) / 1e6 / seconds;
+        assert_eq!(count as u64, valid as u64, "answers, and good ones");
+        assert_eq!(judged() - before, if self.keyward.is_some() { count as u64 } else { 0 }, "calls that were judged VALID");
+        self.rounds.extend(Some([p50, p99, late, waited]).filter(|_| is_kept));
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let of = |index: usize| Spread::of(self.rounds.iter().map(|round| round[index])).show(0);
+        let ratio = Spread::of(self.rounds.iter().map(|round| round[1] / round[0]));
+        vec![self.name.to_owned(), of(0), of(1), ratio.show(2), of(2), of(3)]
+    }
+}
+
+/// Measures latency at half of this rate, and prints it. The server that does nothing shows what of it is the machine's.
 pub fn latency(options: &Options, site: &Site, saturated: f64) {
     let keyward = Keyward::start(&site.copy("latency"), &Settings::default());
+    let empty = start_empty(site, "tonic-multi", None);
     let tokens = site.tokens("asked.tokens", std::slice::from_ref(&site.asked));
-    let mut client = Client::start(CLIENT_CORE, keyward.server.port, &site.caller, &tokens);
+    let client = |server: &Server| Client::start(CLIENT_CORE, server.port, &site.caller, &tokens);
+    let mut sides = [
+        Paced { name: "Keyward", server: &keyward.server, keyward: Some(&keyward), client: client(&keyward.server), rounds: Vec::new() },
+        Paced { name: "tonic, empty handler", server: &empty, keyward: None, client: client(&empty), rounds: Vec::new() },
+    ];
     let rate = (saturated / 2.0).floor();
-    let mut rounds: Vec<[f64; 3]> = Vec::new();
     for round in 0..=options.few_rounds() {
-        let judged = keyward.verdicts("VALID");
-        let [count, valid, _, p50, p99, late] = client.run(&format!("paced {rate} {SECONDS}"))[..] else { panic!("six numbers") };
-        assert_eq!(count as u64, valid as u64, "answers, and good ones");
-        assert_eq!(keyward.verdicts("VALID") - judged, count as u64, "calls that were judged VALID");
-        rounds.extend(Some([p50, p99, late]).filter(|_| round > 0));
+        for side in &mut sides {
+            side.round(rate, round > 0);
+        }
     }
-    let of = |index: usize| Spread::of(rounds.iter().map(|round| round[index]));
-    let ratio = Spread::of(rounds.iter().map(|round| round[1] / round[0]));
-    println!("## Latency at half load: {rate:.0} calls a second on a fixed schedule, {} rounds of {SECONDS} s\n", rounds.len());
+    let rounds = options.few_rounds();
+    println!("## Latency at half load: {rate:.0} calls a second on a fixed schedule, {rounds} rounds of {SECONDS} s\n");
     let head = [
-        "p50 µs",
+        "server",
+        "p50 µs (median, min–max)",
         "p99 µs",
         "p99 / p50 (aim: at most 2)",
-        "the client was late by, p99 µs (of which the rest says nothing if it is not small)",
+        "the client was late by, p99 µs",
+        "the server waited for its core, ms in a second",
     ];
-    print_table(&head, &[vec![of(0).show(0), of(1).show(0), ratio.show(2), of(2).show(0)]]);
+    print_table(&head, &sides.iter().map(Paced::cells).collect::<Vec<_>>());
+    println!("If client or server had to wait for their cores, others were using them, and p99 says nothing.\n");
 }
 
 /// A server with so many workers, and who fills it.

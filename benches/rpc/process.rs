@@ -51,8 +51,8 @@ pub fn pinned(cores: &str, program: impl AsRef<std::ffi::OsStr>) -> Command {
 pub struct Server {
     child: Child,
     pub port: u16,
-    /// What each thread has used so far; those that have ended are remembered.
-    threads: RefCell<BTreeMap<String, u64>>,
+    /// What each thread has used and waited for so far; those that have ended are remembered.
+    threads: RefCell<BTreeMap<String, [u64; 2]>>,
 }
 
 impl Drop for Server {
@@ -80,14 +80,24 @@ impl Server {
 
     /// User and system time of all of its threads so far, in nanoseconds.
     pub fn cpu(&self) -> f64 {
+        self.times()[0]
+    }
+
+    /// How long its threads could have run so far and did not get a core, in nanoseconds.
+    pub fn waited(&self) -> f64 {
+        self.times()[1]
+    }
+
+    fn times(&self) -> [f64; 2] {
         let mut threads = self.threads.borrow_mut();
         for task in fs::read_dir(format!("/proc/{}/task", self.child.id())).expect("a process").flatten() {
             // A thread may end while it is looked at.
             let Ok(text) = fs::read_to_string(task.path().join("schedstat")) else { continue };
-            let used = text.split(' ').next().and_then(|field| field.parse().ok()).expect("nanoseconds");
-            threads.insert(task.file_name().to_string_lossy().into_owned(), used);
+            let mut fields = text.split(' ').map_while(|field| field.parse().ok());
+            let times = std::array::from_fn(|_| fields.next().expect("two times"));
+            threads.insert(task.file_name().to_string_lossy().into_owned(), times);
         }
-        threads.values().sum::<u64>() as f64
+        std::array::from_fn(|field| threads.values().map(|times| times[field]).sum::<u64>() as f64)
     }
 
     /// Waits until what it does after calls is done: counted uses are written once a second.

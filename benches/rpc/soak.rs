@@ -224,7 +224,8 @@ async fn soak(length: Duration, site: Site) -> bool {
     keyward.server.stop();
     let wrong = miscounted(&folder, &shared).await;
     wrong.iter().take(10).for_each(|line| println!("{line}"));
-    println!("counts exact: {}", if wrong.is_empty() { "yes" } else { "no" });
+    let uses: u64 = shared.all.lock().expect("whole").iter().map(|token| token.used.load(Ordering::Relaxed)).sum();
+    println!("counts exact: {} ({uses} uses of {tokens} tokens, and {calls} of the caller's)", if wrong.is_empty() { "yes" } else { "no" });
     wrong.is_empty()
 }
 
