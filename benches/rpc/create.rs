@@ -45,7 +45,7 @@ impl Drop for Postgres {
 impl Postgres {
     fn start() -> Self {
         let bin = binaries().expect("PostgreSQL is missing (Debian: apt-get install postgresql)");
-        let folder = tempfile::Builder::new().prefix("keyward-postgres-").tempdir().expect("a folder").keep();
+        let folder = tempfile::Builder::new().prefix("keyward-bench-postgres-").tempdir().expect("a folder").keep();
         let port = free_port();
         // PostgreSQL refuses to run as root: Debian's package brings a user for it.
         let is_root = Command::new("chown").arg("postgres").arg(&folder).status().is_ok_and(|status| status.success());
