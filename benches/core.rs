@@ -121,14 +121,23 @@ fn question(text: &[u8]) -> Question<'_> {
     Question { text, need, http: None, peek: false }
 }
 
+/// Looks up, judges and counts the use.
+fn ask(validator: &Validator, digest: Option<Digest>, question: &Question<'_>) -> Verdict {
+    let judged = validator.judge_known(digest, question, NOW, |judgement| {
+        if let Some(token_id) = judgement.used(question) {
+            validator.count(token_id, question.need.client_ip, NOW);
+        }
+        black_box(judgement).verdict
+    });
+    judged.expect("known")
+}
+
 /// One at a time.
 fn ask_each(validator: &Validator, texts: &Texts, expected: Verdict) -> f64 {
     let begin = Instant::now();
     for text in texts.iter() {
         let question = question(text);
-        let answer = validator.judge_known(validator.prove(text), &question, NOW).expect("known");
-        validator.count_use(&question, &answer, NOW);
-        assert_eq!(black_box(answer).verdict, expected);
+        assert_eq!(ask(validator, validator.prove(text), &question), expected);
     }
     begin.elapsed().as_secs_f64() * 1e9 / texts.0.len() as f64
 }
@@ -142,9 +151,7 @@ fn ask_together(validator: &Validator, texts: &Texts) -> f64 {
         validator.bring_near(digests.iter().copied().flatten());
         for (text, digest) in texts.zip(digests) {
             let question = question(text);
-            let answer = validator.judge_known(digest, &question, NOW).expect("known");
-            validator.count_use(&question, &answer, NOW);
-            assert_eq!(black_box(answer).verdict, Verdict::Valid);
+            assert_eq!(ask(validator, digest, &question), Verdict::Valid);
         }
     }
     begin.elapsed().as_secs_f64() * 1e9 / texts.0.len() as f64
@@ -198,10 +205,18 @@ fn plot(rows: &[Row]) -> Result<String, std::fmt::Error> {
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 680 350\" font-family=\"sans-serif\" font-size=\"12\">\n\
          <rect width=\"680\" height=\"350\" fill=\"white\"/>\n",
     );
-    writeln!(svg, "<text x=\"60\" y=\"18\">nanoseconds per judged token, by tokens in memory (median; bars: fastest and slowest round)</text>")?;
+    writeln!(
+        svg,
+        "<text x=\"60\" y=\"18\">nanoseconds per judged token, by tokens in memory (median; bars: fastest and slowest round)</text>"
+    )?;
     for step in 0..=5 {
         let nanos = top * f64::from(step) / 5.0;
-        writeln!(svg, "<path d=\"M60 {0:.1}H620\" stroke=\"#ddd\"/><text x=\"52\" y=\"{1:.1}\" text-anchor=\"end\">{nanos:.0}</text>", y(nanos), y(nanos) + 4.0)?;
+        writeln!(
+            svg,
+            "<path d=\"M60 {0:.1}H620\" stroke=\"#ddd\"/><text x=\"52\" y=\"{1:.1}\" text-anchor=\"end\">{nanos:.0}</text>",
+            y(nanos),
+            y(nanos) + 4.0
+        )?;
     }
     for row in rows {
         writeln!(svg, "<text x=\"{:.1}\" y=\"308\" text-anchor=\"middle\">{}</text>", x(row.tokens), thousands(row.tokens))?;

@@ -213,9 +213,14 @@ impl Cache {
     /// What is known of a digest.
     #[must_use]
     pub fn get(&self, digest: &Digest) -> Option<Fact> {
-        let (stamp, value) = self.facts.get(digest)?;
-        let is_current = self.is_current(Marks::of_word(stamp.marks), stamp.generation);
-        is_current.then(|| if value.is_empty() { Fact::Absent } else { Fact::Grant(Grant::from_memory(value)) })
+        let mut grant = Grant::default();
+        self.copy(digest, &mut grant).then(|| if grant.as_memory().is_empty() { Fact::Absent } else { Fact::Grant(grant) })
+    }
+
+    /// Copies the facts of a digest into `grant`, where they stay: an empty one if there is no token. Whether anything is known.
+    pub fn copy(&self, digest: &Digest, grant: &mut Grant) -> bool {
+        let stamp = self.facts.get(digest, grant.memory_mut());
+        stamp.is_some_and(|stamp| self.is_current(Marks::of_word(stamp.marks), stamp.generation))
     }
 
     /// Asked for all digests of a batch before [`Cache::get`] is asked for the first: then the processor waits for memory once and not for each of them.

@@ -11,11 +11,7 @@
 
 mod flights;
 
-use std::{
-    collections::HashMap,
-    net::IpAddr,
-    sync::Arc,
-};
+use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
 use flights::{Flights, Missing};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -48,6 +44,27 @@ pub struct Answer {
 
 impl Answer {
     const UNKNOWN: Self = Self { verdict: Verdict::Unknown, grant: None, derived_scope: None };
+}
+
+/// As [`Answer`], by reference: nothing was copied for it.
+#[derive(Clone, Copy, Debug)]
+pub struct Judgement<'a> {
+    /// Why, or why not.
+    pub verdict: Verdict,
+    /// The facts that were judged, if the caller may see the token.
+    pub grant: Option<&'a Grant>,
+    /// The scope of the route that the method and path lead to.
+    pub derived_scope: Option<&'a Scope>,
+}
+
+impl Judgement<'_> {
+    const UNKNOWN: Self = Self { verdict: Verdict::Unknown, grant: None, derived_scope: None };
+
+    /// The token whose use counts.
+    #[must_use]
+    pub fn used(&self, question: &Question<'_>) -> Option<TokenId> {
+        self.grant.filter(|_| self.verdict == Verdict::Valid && !question.peek).map(Grant::token_id)
+    }
 }
 
 /// The HTTP request that a token came with, as it was received.
@@ -154,9 +171,7 @@ impl Validator {
             None => self.fetch(digest).await?,
         };
         let routes = self.routes_for(&fact, &question).await?;
-        let answer = judge(fact, &question, routes.as_deref(), now);
-        self.count_use(&question, &answer, now);
-        Ok(answer)
+        Ok(self.judge(fact, &question, routes.as_deref(), now))
     }
 
     /// The digest of a text that was made with one of our keys; nothing for any other text, which no store needs to be asked about.
@@ -165,23 +180,31 @@ impl Validator {
         self.keyring.prove(text)
     }
 
-    /// Judges by what memory knows, at once; nothing if the store has to be asked. The use is not counted yet.
-    #[must_use]
-    pub fn judge_known(&self, digest: Option<Digest>, question: &Question<'_>, now: Time) -> Option<Answer> {
-        let Some(digest) = digest else { return Some(Answer::UNKNOWN) };
-        let fact = self.cache.get(&digest)?;
-        let routes = match workspace_of_routes(&fact, question) {
+    /// Judges by what memory knows, at once; nothing if the store has to be asked. `tell` hears the judgement. The use is not counted yet.
+    pub fn judge_known<T>(
+        &self,
+        digest: Option<Digest>,
+        question: &Question<'_>,
+        now: Time,
+        tell: impl FnOnce(Judgement<'_>) -> T,
+    ) -> Option<T> {
+        let Some(digest) = digest else { return Some(tell(Judgement::UNKNOWN)) };
+        let mut grant = Grant::default();
+        if !self.cache.copy(&digest, &mut grant) {
+            return None;
+        }
+        let routes = match workspace_of_routes(&grant, question) {
             Some(workspace) => Some(self.cache.routes(workspace)?),
             None => None,
         };
         self.hits.add(1);
-        Some(judge(fact, question, routes.as_deref(), now))
+        Some(tell(judge(&grant, question, routes.as_deref(), now)))
     }
 
-    /// Counts the use that [`Validator::judge_known`] has judged.
-    pub fn count_use(&self, question: &Question<'_>, answer: &Answer, now: Time) {
-        if let Some(grant) = answer.grant.as_ref().filter(|_| answer.verdict == Verdict::Valid && !question.peek) {
-            self.count(grant.token_id(), question.need.client_ip, now);
+    /// Counts the use that was judged.
+    fn count_use(&self, question: &Question<'_>, judgement: Judgement<'_>, now: Time) {
+        if let Some(token_id) = judgement.used(question) {
+            self.count(token_id, question.need.client_ip, now);
         }
     }
 
@@ -218,12 +241,9 @@ impl Validator {
         let mut answers = Vec::with_capacity(questions.len());
         for (fact, question) in facts.zip(questions) {
             let routes = self.routes_for(&fact, question).await?;
-            answers.push(judge(fact, question, routes.as_deref(), now));
+            answers.push((fact, question, routes));
         }
-        for (question, answer) in questions.iter().zip(&answers) {
-            self.count_use(question, answer, now);
-        }
-        Ok(answers)
+        Ok(answers.into_iter().map(|(fact, question, routes)| self.judge(fact, question, routes.as_deref(), now)).collect())
     }
 
     /// Who presents this token to Keyward itself.
@@ -264,11 +284,23 @@ impl Validator {
         Ok(standing)
     }
 
+    /// Judges by facts that were read, and counts the use.
+    fn judge(&self, fact: Fact, question: &Question<'_>, routes: Option<&Routes>, now: Time) -> Answer {
+        let Fact::Grant(grant) = fact else { return Answer::UNKNOWN };
+        let judgement = judge(&grant, question, routes, now);
+        self.count_use(question, judgement, now);
+        let (verdict, is_told, derived_scope) = (judgement.verdict, judgement.grant.is_some(), judgement.derived_scope.cloned());
+        Answer { verdict, grant: is_told.then_some(grant), derived_scope }
+    }
+
     /// The routes that a question is about.
     async fn routes_for(self: &Arc<Self>, fact: &Fact, question: &Question<'_>) -> Result<Option<Arc<Routes>>> {
-        match workspace_of_routes(fact, question) {
-            Some(workspace) => self.routes(&workspace.into()).await.map(Some),
-            None => Ok(None),
+        match fact {
+            Fact::Grant(grant) => match workspace_of_routes(grant, question) {
+                Some(workspace) => self.routes(&workspace.into()).await.map(Some),
+                None => Ok(None),
+            },
+            Fact::Absent => Ok(None),
         }
     }
 
@@ -330,9 +362,11 @@ impl Validator {
     }
 }
 
-/// Judges by facts, by the same rules wherever they came from.
-fn judge(fact: Fact, question: &Question<'_>, routes: Option<&Routes>, now: Time) -> Answer {
-    let Fact::Grant(grant) = fact else { return Answer::UNKNOWN };
+/// Judges by facts, by the same rules wherever they came from. An empty grant is that of no token.
+fn judge<'a>(grant: &'a Grant, question: &Question<'_>, routes: Option<&'a Routes>, now: Time) -> Judgement<'a> {
+    if grant.as_memory().is_empty() {
+        return Judgement::UNKNOWN;
+    }
     let derived_scope = match (question.http, routes) {
         (Some(http), Some(routes)) => routes.scope_of(http.method, http.path),
         _ => None,
@@ -343,14 +377,13 @@ fn judge(fact: Fact, question: &Question<'_>, routes: Option<&Routes>, now: Time
         (Some(_), Some(scope)) => Derived::Scope(scope.as_str()),
     };
     match grant.judge(&Need { derived, ..question.need }, now) {
-        Verdict::Unknown => Answer::UNKNOWN,
-        verdict => Answer { verdict, grant: Some(grant), derived_scope: derived_scope.cloned() },
+        Verdict::Unknown => Judgement::UNKNOWN,
+        verdict => Judgement { verdict, grant: Some(grant), derived_scope },
     }
 }
 
 /// The workspace whose routes a question is about: the token's, if the caller may ask about it.
-fn workspace_of_routes<'a>(fact: &'a Fact, question: &Question<'_>) -> Option<&'a str> {
-    let Fact::Grant(grant) = fact else { return None };
+fn workspace_of_routes<'a>(grant: &'a Grant, question: &Question<'_>) -> Option<&'a str> {
     let is_asked = question.http.is_some() && question.need.workspace.is_none_or(|reach| reach == grant.workspace());
-    is_asked.then(|| grant.workspace())
+    (is_asked && !grant.as_memory().is_empty()).then(|| grant.workspace())
 }

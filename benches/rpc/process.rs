@@ -18,7 +18,7 @@ pub const CLIENT_CORE: &str = "1";
 pub const BOTH_CORES: &str = "0,1";
 
 /// How large the cache of a server is that has to hold every token: the setting and its value.
-pub const CACHE: [&str; 2] = ["--cache-tokens", "4000000"];
+pub const CACHE: [&str; 2] = ["--cache-bytes", "1000000000"];
 
 /// How long a server may take to start or to stop.
 const PATIENCE: Duration = Duration::from_secs(40);

@@ -527,7 +527,6 @@ pub(super) fn token_of(value: &HeaderValue) -> Option<&[u8]> {
     scheme.eq_ignore_ascii_case(b"bearer ").then_some(token)
 }
 
-
 /// How long the caller waits: at most 8 digits and a unit, as the gRPC protocol has it; at most our own limit.
 pub(super) fn deadline(headers: &HeaderMap, longest: Duration) -> Result<Duration, Error> {
     let Some(value) = headers.get(GRPC_TIMEOUT) else { return Ok(longest) };

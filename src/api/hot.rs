@@ -11,6 +11,7 @@ mod question;
 
 use std::{
     cell::RefCell,
+    net::IpAddr,
     pin::Pin,
     task::{Context, Poll, Waker},
 };
@@ -32,9 +33,9 @@ use super::{
 use crate::{
     ambient::Time,
     caller::{Access, Rights},
-    grant::{Need, Verdict},
+    grant::{Grant, Need, Verdict},
     token::{self, Digest, TokenId},
-    validator::{Answer, Question},
+    validator::Question,
 };
 
 const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
@@ -159,19 +160,27 @@ impl Credentials {
     }
 }
 
-/// A use that counts if the call is answered here.
-type Use = (TokenId, Option<std::net::IpAddr>);
-
 /// The good caller of a call.
 struct KnownCaller {
-    answer: Answer,
-    rights: Rights,
+    token_id: TokenId,
+    /// The only workspace whose tokens they may ask about; nothing: every one.
+    reach: Option<SmallVec<[u8; 64]>>,
 }
 
 impl KnownCaller {
-    fn reach(&self) -> Option<&str> {
-        self.rights.validation_reach(self.answer.grant.as_ref().map_or("", |grant| grant.workspace()))
+    fn of(grant: &Grant) -> Option<Self> {
+        let rights = Rights::of(grant.scopes());
+        rights.authorize(Access::Validate).ok()?;
+        let reach = rights.validation_reach(grant.workspace()).map(|workspace| SmallVec::from_slice(workspace.as_bytes()));
+        Some(Self { token_id: grant.token_id(), reach })
     }
+}
+
+/// What was judged, until it is certain that the call is answered here.
+#[derive(Default)]
+struct Noted {
+    uses: Vec<(TokenId, Option<IpAddr>)>,
+    verdicts: Vec<Verdict>,
 }
 
 impl Api {
@@ -202,12 +211,13 @@ impl Api {
         if rest.len() > bytes_max || u32::from_be_bytes(length) as usize != rest.len() {
             return None;
         }
+        let reach = caller.reach.as_deref().map(std::str::from_utf8).transpose().ok()?;
         let frame = match request.uri().path() {
-            gate::VALIDATE => self.answer_one(rest, caller.reach(), now),
-            gate::BATCH => self.answer_batch(rest, caller.reach(), now),
+            gate::VALIDATE => self.answer_one(rest, reach, now),
+            gate::BATCH => self.answer_batch(rest, reach, now),
             _ => None,
         }?;
-        self.validator.count_use(&asked_of_caller, &caller.answer, now);
+        self.validator.count(caller.token_id, address, now);
         Some(plain(frame))
     }
 
@@ -215,30 +225,30 @@ impl Api {
         let mut values = headers.get_all(AUTHORIZATION).iter();
         let (value, None) = (values.next()?, values.next()) else { return None };
         let digest = credentials.digest(value, |text| self.validator.prove(text))?;
-        let answer = self.validator.judge_known(Some(digest), question, now)?;
-        let grant = answer.grant.as_ref().filter(|_| answer.verdict == Verdict::Valid)?;
-        let rights = Rights::of(grant.scopes());
-        rights.authorize(Access::Validate).ok()?;
-        Some(KnownCaller { answer, rights })
+        self.validator.judge_known(Some(digest), question, now, |judgement| {
+            judgement.grant.filter(|_| judgement.verdict == Verdict::Valid).and_then(KnownCaller::of)
+        })?
     }
 
     fn answer_one(&self, message: &[u8], reach: Option<&str>, now: Time) -> Option<Vec<u8>> {
         let asked = Asked::read(message)?;
         let question = asked.question(reach);
-        let answer = self.validator.judge_known(self.validator.prove(question.text), &question, now)?;
-        self.validator.count_use(&question, &answer, now);
-        self.metrics.verdict(answer.verdict);
-        let mut frame = Vec::with_capacity(FRAME_HEADER_BYTES + question::answer_bytes(&answer, &question));
-        frame.put_bytes(0, FRAME_HEADER_BYTES);
-        put_answer(&mut frame, &answer, &question);
-        finished(frame)
+        self.validator.judge_known(self.validator.prove(question.text), &question, now, |judgement| {
+            if let Some(token_id) = judgement.used(&question) {
+                self.validator.count(token_id, question.need.client_ip, now);
+            }
+            self.metrics.verdict(judgement.verdict);
+            let mut frame = Vec::with_capacity(FRAME_HEADER_BYTES + question::answer_bytes(judgement, &question));
+            frame.put_bytes(0, FRAME_HEADER_BYTES);
+            put_answer(&mut frame, judgement, &question);
+            finished(frame)
+        })?
     }
 
     fn answer_batch(&self, message: &[u8], reach: Option<&str>, now: Time) -> Option<Vec<u8>> {
         let mut entries = question::entries(message);
         let mut frame = vec![0; FRAME_HEADER_BYTES];
-        let mut uses = Vec::new();
-        let mut verdicts = Vec::new();
+        let mut noted = Noted::default();
         loop {
             let mut group = SmallVec::<[Asked<'_>; GROUP]>::new();
             for entry in entries.by_ref().take(GROUP) {
@@ -247,47 +257,34 @@ impl Api {
             if group.is_empty() {
                 break;
             }
-            self.answer_group(&group, reach, now, &mut frame, |answer, question| {
-                verdicts.push(answer.verdict);
-                uses.extend(use_of(answer, question));
-            })?;
+            self.answer_group(&group, reach, now, &mut frame, &mut noted)?;
         }
-        if !(1..=super::validation::BATCH_MAX).contains(&verdicts.len()) {
+        if !(1..=super::validation::BATCH_MAX).contains(&noted.verdicts.len()) {
             return None;
         }
-        for (token_id, client_ip) in uses {
+        for (token_id, client_ip) in noted.uses {
             self.validator.count(token_id, client_ip, now);
         }
-        for verdict in verdicts {
+        for verdict in noted.verdicts {
             self.metrics.verdict(verdict);
         }
         finished(frame)
     }
 
     /// Judges some questions of a batch; nothing if one of them is not plain.
-    fn answer_group(
-        &self,
-        group: &[Asked<'_>],
-        reach: Option<&str>,
-        now: Time,
-        frame: &mut Vec<u8>,
-        mut note: impl FnMut(&Answer, &Question<'_>),
-    ) -> Option<()> {
+    fn answer_group(&self, group: &[Asked<'_>], reach: Option<&str>, now: Time, frame: &mut Vec<u8>, noted: &mut Noted) -> Option<()> {
         let digests: SmallVec<[Option<Digest>; GROUP]> = group.iter().map(|asked| self.validator.prove(asked.token())).collect();
         self.validator.bring_near(digests.iter().copied().flatten());
         for (asked, digest) in group.iter().zip(digests) {
             let question = asked.question(reach);
-            let answer = self.validator.judge_known(digest, &question, now)?;
-            question::put_entry(frame, &answer, &question);
-            note(&answer, &question);
+            self.validator.judge_known(digest, &question, now, |judgement| {
+                question::put_entry(frame, judgement, &question);
+                noted.uses.extend(judgement.used(&question).map(|token_id| (token_id, question.need.client_ip)));
+                noted.verdicts.push(judgement.verdict);
+            })?;
         }
         Some(())
     }
-}
-
-fn use_of(answer: &Answer, question: &Question<'_>) -> Option<Use> {
-    let grant = answer.grant.as_ref().filter(|_| answer.verdict == Verdict::Valid && !question.peek)?;
-    Some((grant.token_id(), question.need.client_ip))
 }
 
 /// Writes the length of a message into the prefix that was left free for it.

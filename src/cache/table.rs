@@ -102,14 +102,14 @@ impl Table {
         self.shards.iter().map(Shard::bytes).sum()
     }
 
-    /// What is kept under a digest.
-    pub(super) fn get(&self, digest: &Digest) -> Option<(Stamp, Value)> {
+    /// Copies what is kept under a digest into `value`; its stamp.
+    pub(super) fn get(&self, digest: &Digest, value: &mut Value) -> Option<Stamp> {
         let key = Key::of(digest);
         let shard = self.shard(key)?;
         let mut place = shard.locate(key, 0)?;
         loop {
-            if let Some(found) = shard.read(key, place) {
-                return Some(found);
+            if let Some(stamp) = shard.read(key, place, value) {
+                return Some(stamp);
             }
             // Another digest with the same tag, or one that has just made way.
             place = shard.locate(key, place.index + 1)?;
@@ -251,7 +251,7 @@ impl Shard {
         tagged.find(|(_, slot)| key.is_tagged(*slot)).map(|(index, slot)| Place { slot, bucket, index })
     }
 
-    fn read(&self, key: Key, place: Place) -> Option<(Stamp, Value)> {
+    fn read(&self, key: Key, place: Place, value: &mut Value) -> Option<Stamp> {
         let position = place.slot & POSITION;
         let words = self.words(position)?;
         let (header, _) = words.split_first_chunk::<HEADER_WORDS>()?;
@@ -260,7 +260,7 @@ impl Shard {
             return None;
         }
         let record = words.get(HEADER_WORDS..usize::try_from(lengths & LENGTH).ok()?)?;
-        let mut value = Value::new();
+        value.clear();
         value.resize(record.len() * WORD_BYTES, 0);
         for (bytes, word) in value.chunks_exact_mut(WORD_BYTES).zip(record) {
             bytes.copy_from_slice(&word.load(Ordering::Relaxed).to_le_bytes());
@@ -272,7 +272,7 @@ impl Shard {
             return None;
         }
         self.note_use(place);
-        Some((Stamp { generation, marks }, value))
+        Some(Stamp { generation, marks })
     }
 
     fn note_use(&self, place: Place) {
@@ -380,6 +380,11 @@ mod tests {
 
     const STAMP: Stamp = Stamp { generation: 7, marks: 3 };
 
+    fn get(table: &Table, digest: &Digest) -> Option<(Stamp, Value)> {
+        let mut value = Value::new();
+        table.get(digest, &mut value).map(|stamp| (stamp, value))
+    }
+
     #[test]
     fn what_was_inserted_is_found_until_it_is_removed() {
         let table = Table::new(64 << 20);
@@ -388,18 +393,18 @@ mod tests {
         }
         assert_eq!(table.len(), 5_000);
         for number in 0..5_000 {
-            let (stamp, found) = table.get(&digest(number)).expect("there");
+            let (stamp, found) = get(&table, &digest(number)).expect("there");
             assert_eq!((stamp, found.as_slice()), (STAMP, value(number, number).as_slice()), "{number}");
         }
         table.insert(&digest(1), Stamp { generation: 8, marks: 0 }, b"");
-        assert_eq!(table.get(&digest(1)), Some((Stamp { generation: 8, marks: 0 }, Value::new())));
+        assert_eq!(get(&table, &digest(1)), Some((Stamp { generation: 8, marks: 0 }, Value::new())));
         assert_eq!(table.len(), 5_000, "it made way for another");
         table.remove(&digest(1));
         table.remove(&digest(1));
-        assert!(table.get(&digest(1)).is_none() && table.get(&digest(5_000)).is_none());
+        assert!(get(&table, &digest(1)).is_none() && get(&table, &digest(5_000)).is_none());
         assert_eq!(table.len(), 4_999);
         table.clear();
-        assert!(table.len() == 0 && table.get(&digest(2)).is_none());
+        assert!(table.len() == 0 && get(&table, &digest(2)).is_none());
     }
 
     #[test]
@@ -410,15 +415,15 @@ mod tests {
             table.insert(&digest(number), STAMP, &value(number, number));
         }
         assert!(table.bytes() <= BYTES_MAX && table.len() > 10_000, "{} bytes, {} records", table.bytes(), table.len());
-        let found = (0..200_000).filter(|number| table.get(&digest(*number)).is_some()).count();
+        let found = (0..200_000).filter(|number| get(&table, &digest(*number)).is_some()).count();
         assert_eq!(found, table.len(), "each is counted once");
         let large = vec![1; SEGMENT_WORDS * WORD_BYTES - HEADER_WORDS * WORD_BYTES];
         for number in 0..1_000 {
             table.insert(&digest(number), STAMP, &large);
-            assert_eq!(table.get(&digest(number)).expect("there").1.as_slice(), large);
+            assert_eq!(get(&table, &digest(number)).expect("there").1.as_slice(), large);
         }
         table.insert(&digest(1), STAMP, &[large, vec![1]].concat());
-        assert!(table.get(&digest(1)).is_none(), "too large for a segment");
+        assert!(get(&table, &digest(1)).is_none(), "too large for a segment");
         assert!(table.bytes() <= BYTES_MAX);
     }
 
@@ -429,11 +434,11 @@ mod tests {
         for number in 0..300_000 {
             table.insert(&digest(number), STAMP, &value(number, 10));
             for earlier in (0..number).step_by(100).take(if used(number) { 50 } else { 0 }) {
-                table.get(&digest(earlier));
+                get(&table, &digest(earlier));
             }
         }
-        let outlived = (0..5_000).filter(|number| used(*number) && table.get(&digest(*number)).is_some()).count();
-        let unused = (0..5_000).filter(|number| !used(*number) && table.get(&digest(*number)).is_some()).count();
+        let outlived = (0..5_000).filter(|number| used(*number) && get(&table, &digest(*number)).is_some()).count();
+        let unused = (0..5_000).filter(|number| !used(*number) && get(&table, &digest(*number)).is_some()).count();
         assert!(outlived >= 45 && unused == 0, "{outlived} of 50 that are used, {unused} of 4950 that are not");
     }
 
@@ -450,10 +455,10 @@ mod tests {
             table.insert(&twin(byte), STAMP, &[byte]);
         }
         for byte in 0..8 {
-            assert_eq!(table.get(&twin(byte)).expect("there").1.as_slice(), [byte]);
+            assert_eq!(get(&table, &twin(byte)).expect("there").1.as_slice(), [byte]);
         }
         table.insert(&twin(8), STAMP, &[8]);
-        assert!(table.get(&twin(0)).is_none() && table.get(&twin(8)).is_some(), "a full bucket loses its oldest");
+        assert!(get(&table, &twin(0)).is_none() && get(&table, &twin(8)).is_some(), "a full bucket loses its oldest");
     }
 
     /// Two writers let the smallest table run round and round while two readers look.
@@ -479,7 +484,7 @@ mod tests {
                 let mut found = 0_u64;
                 while !done.load(Ordering::Relaxed) {
                     let number = pick() % DIGESTS;
-                    let Some((stamp, read)) = table.get(&digests[usize::try_from(number).expect("small")]) else { continue };
+                    let Some((stamp, read)) = get(&table, &digests[usize::try_from(number).expect("small")]) else { continue };
                     let version = u64::from(read[0].wrapping_sub(number.to_le_bytes()[0]));
                     assert_eq!((stamp, read.as_slice()), (STAMP, value(number, version).as_slice()), "{number}");
                     found += 1;

@@ -30,7 +30,7 @@ const AUDIENCES: u8 = 8;
 const DISPLAY_NAME: u8 = 9;
 
 /// The facts of a token, laid out for memory. No allocation, unless there are unusually many of them.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Default)]
 pub struct Grant(SmallVec<[u8; 320]>);
 
 /// What is so or is not.
@@ -69,16 +69,15 @@ impl Grant {
         Self(bytes)
     }
 
-    /// From what [`Grant::as_memory`] gave.
-    #[must_use]
-    pub fn from_memory(bytes: SmallVec<[u8; 320]>) -> Self {
-        Self(bytes)
-    }
-
-    /// All of it.
+    /// All of it; nothing of one that is empty.
     #[must_use]
     pub fn as_memory(&self) -> &[u8] {
         &self.0
+    }
+
+    /// Where what [`Grant::as_memory`] gave can be put back.
+    pub fn memory_mut(&mut self) -> &mut SmallVec<[u8; 320]> {
+        &mut self.0
     }
 
     /// The fields of a `ValidateTokenResponse` that tell about the token, as they go over the wire.
@@ -267,7 +266,9 @@ mod tests {
             ..Facts::example(&long)
         };
         let grant = Grant::of(&facts);
-        assert_eq!(grant, Grant::from_memory(grant.as_memory().into()));
+        let mut copy = Grant::default();
+        copy.memory_mut().extend_from_slice(grant.as_memory());
+        assert_eq!(grant, copy);
         assert_eq!((grant.token_id(), grant.workspace(), grant.principal()), (facts.token_id, "default", "alice"));
         assert_eq!((grant.display_name(), grant.state(), grant.expire_time()), (long.as_str(), State::Inactive, facts.expire_time));
         assert_eq!(grant.secret_expire_time(), Time::NEVER);
@@ -285,7 +286,8 @@ mod tests {
         let whole = Grant::of(&Facts { allowed_cidrs: Vec::new(), audiences: Vec::new(), ..Facts::example("ci") });
         let fixed = whole.as_memory().get(..FIXED_BYTES).expect("longer");
         for length in 0..FIXED_BYTES {
-            let cut = Grant::from_memory(fixed.get(..length).expect("shorter").into());
+            let mut cut = Grant::default();
+            cut.memory_mut().extend_from_slice(fixed.get(..length).expect("shorter"));
             let now = Time::from_micros(1);
             assert_ne!(cut.judge(&super::super::Need::default(), now), super::super::Verdict::Valid, "{length} bytes");
         }

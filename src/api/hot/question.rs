@@ -13,7 +13,7 @@ use crate::{
     api::validation::{AUDIENCE_CHARS_MAX, SCOPES_MAX},
     grant::{Derived, Need, Verdict},
     scope::Scope,
-    validator::{Answer, HttpRequest, Question},
+    validator::{HttpRequest, Judgement, Question},
 };
 
 /// The number of a field, and that its value has a length.
@@ -115,38 +115,33 @@ fn counted(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
     None
 }
 
-fn derived<'a>(answer: &'a Answer) -> Derived<'a> {
-    answer.derived_scope.as_ref().map_or(Derived::NotAsked, |scope| Derived::Scope(scope.as_str()))
-}
-
 /// The texts that an answer adds to what the grant holds, with their fields.
-fn added<'a>(answer: &'a Answer, question: &'a Question<'a>) -> impl Iterator<Item = (u8, &'a str)> {
-    let lacking = answer.grant.as_ref().filter(|_| answer.verdict == Verdict::InsufficientScope);
-    let missing =
-        lacking.into_iter().flat_map(|grant| grant.missing_scopes(&Need { derived: derived(answer), ..question.need }).collect::<Vec<_>>());
-    let derived_scope = answer.derived_scope.iter().map(Scope::as_str);
-    missing.map(|scope| (12, scope)).chain(derived_scope.map(|scope| (13, scope)))
+fn added<'a>(judgement: Judgement<'a>, question: &'a Question<'a>) -> impl Iterator<Item = (u8, &'a str)> {
+    let derived = judgement.derived_scope.map_or(Derived::NotAsked, |scope| Derived::Scope(scope.as_str()));
+    let lacking = judgement.grant.filter(|_| judgement.verdict == Verdict::InsufficientScope);
+    let missing = lacking.into_iter().flat_map(move |grant| grant.missing_scopes(&Need { derived, ..question.need }).collect::<Vec<_>>());
+    missing.map(|scope| (12, scope)).chain(judgement.derived_scope.map(|scope| (13, scope.as_str())))
 }
 
 /// How long a `ValidateTokenResponse` is.
-pub(super) fn answer_bytes(answer: &Answer, question: &Question<'_>) -> usize {
-    let verdict = if answer.verdict == Verdict::Valid { 4 } else { 2 };
-    let told = answer.grant.as_ref().map_or(0, |grant| grant.answer().len());
-    let added: usize = added(answer, question).map(|(_, text)| 1 + varint_bytes(text.len()) + text.len()).sum();
+pub(super) fn answer_bytes(judgement: Judgement<'_>, question: &Question<'_>) -> usize {
+    let verdict = if judgement.verdict == Verdict::Valid { 4 } else { 2 };
+    let told = judgement.grant.map_or(0, |grant| grant.answer().len());
+    let added: usize = added(judgement, question).map(|(_, text)| 1 + varint_bytes(text.len()) + text.len()).sum();
     verdict + told + added
 }
 
 /// Writes a `ValidateTokenResponse`, its fields in the order of their numbers.
-pub(super) fn put_answer(frame: &mut Vec<u8>, answer: &Answer, question: &Question<'_>) {
-    if answer.verdict == Verdict::Valid {
+pub(super) fn put_answer(frame: &mut Vec<u8>, judgement: Judgement<'_>, question: &Question<'_>) {
+    if judgement.verdict == Verdict::Valid {
         frame.put_slice(&[1 << 3, 1]);
     }
-    let verdict = i32::from(convert::verdict(answer.verdict));
+    let verdict = i32::from(convert::verdict(judgement.verdict));
     frame.put_slice(&[2 << 3, u8::try_from(verdict).unwrap_or_default()]);
-    if let Some(grant) = &answer.grant {
+    if let Some(grant) = judgement.grant {
         frame.put_slice(grant.answer());
     }
-    for (field, text) in added(answer, question) {
+    for (field, text) in added(judgement, question) {
         frame.put_u8(tag(field));
         put_varint(frame, text.len());
         frame.put_slice(text.as_bytes());
@@ -154,10 +149,10 @@ pub(super) fn put_answer(frame: &mut Vec<u8>, answer: &Answer, question: &Questi
 }
 
 /// Writes one entry of a `BatchValidateTokensResponse`.
-pub(super) fn put_entry(frame: &mut Vec<u8>, answer: &Answer, question: &Question<'_>) {
+pub(super) fn put_entry(frame: &mut Vec<u8>, judgement: Judgement<'_>, question: &Question<'_>) {
     frame.put_u8(tag(1));
-    put_varint(frame, answer_bytes(answer, question));
-    put_answer(frame, answer, question);
+    put_varint(frame, answer_bytes(judgement, question));
+    put_answer(frame, judgement, question);
 }
 
 fn varint_bytes(value: usize) -> usize {
