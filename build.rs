@@ -37,6 +37,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let mut config = tonic_prost_build::Config::new();
     config.skip_debug(SECRET);
-    tonic_prost_build::configure().btree_map(".").compile_fds_with_config(compiler.file_descriptor_set(), config)?;
+    let builder = tonic_prost_build::configure().btree_map(".").extern_path(".google.rpc", "::tonic_types::pb");
+    builder.compile_fds_with_config(compiler.file_descriptor_set(), config)?;
     Ok(())
 }

@@ -13,6 +13,7 @@ mod principals;
 mod rates;
 mod self_service;
 mod status;
+mod stream;
 mod tokens;
 mod validation;
 mod workspaces;

@@ -24,7 +24,12 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response, header::AUTHORIZATION};
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
-use tokio::{runtime::Handle, sync::Semaphore, task::JoinSet, time::timeout};
+use tokio::{
+    runtime::Handle,
+    sync::{Semaphore, watch},
+    task::JoinSet,
+    time::timeout,
+};
 use tonic::{Code, Status, body::Body, service::Routes};
 use tower_service::Service as _;
 
@@ -32,7 +37,7 @@ use super::{
     Api, Call,
     hot::{Begun, Credentials, Reply},
     rates::{PerPrincipal, Reports},
-    status,
+    status, stream,
 };
 use crate::{
     ambient::{Clock, Stopwatch},
@@ -44,7 +49,7 @@ use crate::{
 };
 
 /// From the head of a request to the end of its message.
-const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
 const HEALTH_CALLS_MAX: usize = 1_024;
 const REPORT_CALLS_MAX: usize = 64;
 /// Methods that make tokens or secrets for the caller's own principal.
@@ -76,11 +81,13 @@ pub enum Plane {
     Health,
     /// Reflection: a stream, without a deadline.
     Stream,
+    /// Questions about tokens on a stream that is held open.
+    Held,
 }
 
 /// When a caller is judged. Their use of the token counts once.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Judge {
+pub(super) enum Judge {
     BeforeTheMessage,
     WithTheMessage,
 }
@@ -110,7 +117,7 @@ const DATA_BYTES_MAX: usize = 16 * KIB;
 
 const fn method(path: &'static str, access: Access, plane: Plane) -> Method {
     let request_bytes_max = match plane {
-        Plane::Data => DATA_BYTES_MAX,
+        Plane::Data | Plane::Held => DATA_BYTES_MAX,
         Plane::Control | Plane::Report | Plane::Stream => 64 * KIB,
         Plane::Health => KIB,
     };
@@ -118,9 +125,10 @@ const fn method(path: &'static str, access: Access, plane: Plane) -> Method {
 }
 
 /// Every method there is: who may what.
-pub const METHODS: [Method; 44] = [
+pub const METHODS: [Method; 45] = [
     method(VALIDATE, Access::Validate, Plane::Data),
     Method { request_bytes_max: BATCH_BYTES_MAX, ..method(BATCH, Access::Validate, Plane::Data) },
+    method("/keyward.v1.ValidationService/StreamValidateTokens", Access::Validate, Plane::Held),
     method("/keyward.v1.TokenService/CreateToken", Access::Admin, Plane::Control),
     method("/keyward.v1.TokenService/GetToken", Access::Admin, Plane::Control),
     method("/keyward.v1.TokenService/ListTokens", Access::Admin, Plane::Control),
@@ -166,7 +174,7 @@ pub const METHODS: [Method; 44] = [
 ];
 
 /// Counts a call as long as it is under way.
-struct Active(Arc<AtomicUsize>);
+pub(super) struct Active(Arc<AtomicUsize>);
 
 impl Active {
     fn new(count: &Arc<AtomicUsize>) -> Self {
@@ -217,6 +225,12 @@ pub struct Limits {
     pub data_calls_max: usize,
     /// Calls of the control plane at once.
     pub control_calls_max: usize,
+    /// Streams of questions at once.
+    pub streams_max: usize,
+    /// How long a stream stays open without a message.
+    pub stream_silence_max: Duration,
+    /// How long a stream stays open at all; up to a tenth more, so that they do not come anew at once.
+    pub stream_age_max: Duration,
     /// The longest deadline; also that of a caller who names none.
     pub deadline_max: Duration,
     /// Reports of leaked tokens from one address: so many at once, and as many in a minute.
@@ -238,6 +252,9 @@ impl Default for Limits {
         Self {
             data_calls_max: 4_096,
             control_calls_max: 256,
+            streams_max: 1_024,
+            stream_silence_max: Duration::from_mins(5),
+            stream_age_max: Duration::from_hours(1),
             deadline_max: Duration::from_secs(15),
             address_reports_max: ADDRESS_REPORTS,
             reports_max: REPORTS,
@@ -254,18 +271,21 @@ pub struct Peer {
     pub address: SocketAddr,
     /// Whom their certificate stands for.
     pub certificate: Option<Arc<Caller>>,
+    /// Turns true when the connection is to end.
+    pub closing: Arc<watch::Receiver<bool>>,
 }
 
 /// The gate.
 pub struct Gate {
-    api: Api,
+    pub(super) api: Api,
     routes: Routes,
     clock: Clock,
-    limits: Limits,
+    pub(super) limits: Limits,
     data_calls: Semaphore,
     control_calls: Semaphore,
     health_calls: Semaphore,
     report_calls: Semaphore,
+    pub(super) streams: Arc<Semaphore>,
     reports: Reports,
     own_changes: PerPrincipal,
     test_notices: PerPrincipal,
@@ -287,6 +307,7 @@ impl Gate {
             control_calls: Semaphore::new(limits.control_calls_max),
             health_calls: Semaphore::new(HEALTH_CALLS_MAX),
             report_calls: Semaphore::new(REPORT_CALLS_MAX),
+            streams: Arc::new(Semaphore::new(limits.streams_max)),
             reports: Reports::new(limits.address_reports_max, limits.reports_max),
             own_changes: PerPrincipal::new(limits.own_changes_max),
             test_notices: PerPrincipal::new(limits.test_notices_max),
@@ -300,6 +321,11 @@ impl Gate {
     #[must_use]
     pub fn is_idle(&self) -> bool {
         self.active.load(Ordering::SeqCst) == 0
+    }
+
+    /// Something is under way until this is dropped.
+    pub(super) fn begin(&self) -> Active {
+        Active::new(&self.active)
     }
 
     /// Answers a call at once, if it is one that can be.
@@ -338,13 +364,13 @@ impl Gate {
     }
 
     /// Answers one call.
-    async fn serve<B>(&self, request: Request<B>, peer: &Peer) -> Response<Body>
+    async fn serve<B>(self: &Arc<Self>, request: Request<B>, peer: &Peer) -> Response<Body>
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let watch = Stopwatch::start();
-        let active = Active::new(&self.active);
+        let active = self.begin();
         let place = METHODS.iter().position(|method| method.path == request.uri().path());
         let known = place.and_then(|place| METHODS.get(place));
         let mut who = None;
@@ -359,6 +385,10 @@ impl Gate {
             _ => completed(response),
         };
         let (path, code) = (known.map_or(UNKNOWN_METHOD, |method| method.path), code(response.headers()));
+        if known.is_some_and(|method| method.plane == Plane::Held) && code == 0 {
+            // It is counted at its end, under the code that it ends with.
+            return response;
+        }
         self.api.metrics.request(place.unwrap_or(METHODS.len()), code, watch.elapsed());
         let caller = who.as_ref().and_then(|caller: &Caller| caller.token_id);
         if let (Some(method), Some(caller)) = (known, who) {
@@ -388,13 +418,16 @@ impl Gate {
         }
     }
 
-    async fn serve_known<B>(&self, method: Method, request: Request<B>, peer: &Peer, who: &mut Option<Caller>) -> Response<Body>
+    async fn serve_known<B>(self: &Arc<Self>, method: Method, request: Request<B>, peer: &Peer, who: &mut Option<Caller>) -> Response<Body>
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         if method.plane == Plane::Stream {
             return self.route(request).await;
+        }
+        if method.plane == Plane::Held {
+            return stream::open(self, method, request, peer, who).await.unwrap_or_else(Status::into_http);
         }
         let deadline = match deadline(request.headers(), self.limits.deadline_max) {
             Ok(deadline) => deadline,
@@ -446,12 +479,12 @@ impl Gate {
             Plane::Data => &self.data_calls,
             Plane::Control => &self.control_calls,
             Plane::Report => &self.report_calls,
-            Plane::Health | Plane::Stream => &self.health_calls,
+            Plane::Health | Plane::Stream | Plane::Held => &self.health_calls,
         }
     }
 
     /// Finds out who is calling and whether they may, now; nobody for a method that is open to all.
-    async fn identify(
+    pub(super) async fn identify(
         &self,
         method: Method,
         headers: &HeaderMap,

@@ -5,8 +5,9 @@
 
 use std::time::Duration;
 
+use prost::Message as _;
 use tonic::{Code, Status};
-use tonic_types::{ErrorDetails, FieldViolation, StatusExt as _};
+use tonic_types::{ErrorDetails, FieldViolation, StatusExt as _, pb};
 
 use crate::error::Error;
 
@@ -66,6 +67,27 @@ pub(super) fn message_too_large(limit: usize) -> Status {
     plain(Code::ResourceExhausted, "MESSAGE_TOO_LARGE", format!("the message is larger than the {limit} bytes that this method takes"))
 }
 
+/// Bytes that are not the message that the method takes.
+pub(super) fn malformed_message() -> Status {
+    plain(
+        Code::InvalidArgument,
+        "MALFORMED_MESSAGE",
+        "the message is not the one that this method takes; is the proto file up to date?",
+    )
+}
+
+/// The end of a stream that is no fault of anybody's. Clients take `UNAVAILABLE` for what it means here: connect again, and send once more what has no answer.
+pub(super) fn reopen(message: &str) -> Status {
+    plain(Code::Unavailable, "STREAM_ENDED", message)
+}
+
+/// An error as part of an answer.
+pub(super) fn message(status: Status) -> pb::Status {
+    let status = complete(&status).unwrap_or(status);
+    let whole = pb::Status::decode(status.details());
+    whole.unwrap_or_else(|_| pb::Status { code: status.code().into(), message: status.message().to_owned(), details: Vec::new() })
+}
+
 /// Gives an error that the framework made what our own errors have; nothing if it has it.
 pub(super) fn complete(status: &Status) -> Option<Status> {
     if !status.details().is_empty() || status.code() == Code::Ok {
@@ -75,11 +97,7 @@ pub(super) fn complete(status: &Status) -> Option<Status> {
     Some(match status.code() {
         // tonic's decoder: https://docs.rs/tonic/0.14/tonic/struct.Streaming.html
         Code::OutOfRange => plain(Code::ResourceExhausted, "MESSAGE_TOO_LARGE", message),
-        Code::Internal if message.contains("decode Protobuf") => plain(
-            Code::InvalidArgument,
-            "MALFORMED_MESSAGE",
-            "the message is not the one that this method takes; is the proto file up to date?",
-        ),
+        Code::Internal if message.contains("decode Protobuf") => malformed_message(),
         Code::Unimplemented if message.is_empty() => plain(Code::Unimplemented, "UNKNOWN_METHOD", "there is no such method"),
         Code::Unimplemented => plain(Code::Unimplemented, "UNSUPPORTED", message),
         code => plain(code, "PROTOCOL_ERROR", message),

@@ -1,7 +1,7 @@
 //! `ValidationService`: questions about tokens in, verdicts out.
 
 use prost::Message as _;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming, codegen::BoxStream};
 
 use super::{Api, Call, call, convert};
 use crate::{
@@ -20,6 +20,13 @@ type Answer<T> = Result<Response<T>, Status>;
 
 #[tonic::async_trait]
 impl ValidationService for Api {
+    type StreamValidateTokensStream = BoxStream<proto::StreamValidateTokensResponse>;
+
+    /// Never called: the gate hands this method to `stream`, where a message that does not decode does not end the call.
+    async fn stream_validate_tokens(&self, _: Request<Streaming<proto::ValidateTokenRequest>>) -> Answer<Self::StreamValidateTokensStream> {
+        Err(Error::Internal("a call came past the gate".into()).into())
+    }
+
     async fn validate_token(&self, request: Request<proto::ValidateTokenRequest>) -> Answer<proto::ValidateTokenResponse> {
         let (Call { caller, now }, message) = call(request)?;
         let mut violations = Violations::default();
@@ -57,7 +64,7 @@ impl ValidationService for Api {
 }
 
 impl Api {
-    fn answer(&self, judgement: Judgement, question: &Question<'_>) -> Result<proto::ValidateTokenResponse, Error> {
+    pub(super) fn answer(&self, judgement: Judgement, question: &Question<'_>) -> Result<proto::ValidateTokenResponse, Error> {
         self.metrics.verdict(judgement.verdict);
         let verdict = convert::verdict(judgement.verdict);
         let valid = verdict == proto::Verdict::Valid;
@@ -84,7 +91,7 @@ fn facts(grant: &Grant, valid: bool, verdict: proto::Verdict) -> Result<proto::V
     Ok(proto::ValidateTokenResponse { valid, verdict: verdict.into(), ..told })
 }
 
-fn required_scopes<'a>(path: &str, message: &'a proto::ValidateTokenRequest, violations: &mut Violations) -> Vec<&'a str> {
+pub(super) fn required_scopes<'a>(path: &str, message: &'a proto::ValidateTokenRequest, violations: &mut Violations) -> Vec<&'a str> {
     let field = format!("{path}required_scopes");
     if message.required_scopes.len() > SCOPES_MAX {
         violations.add(field, format!("must have at most {SCOPES_MAX} entries; it has {}", message.required_scopes.len()));
@@ -96,7 +103,7 @@ fn required_scopes<'a>(path: &str, message: &'a proto::ValidateTokenRequest, vio
     message.required_scopes.iter().enumerate().filter_map(scope).collect()
 }
 
-fn question<'a>(
+pub(super) fn question<'a>(
     path: &str,
     message: &'a proto::ValidateTokenRequest,
     scopes: &'a [&'a str],

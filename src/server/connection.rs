@@ -31,6 +31,7 @@ use crate::{
         gate::{Gate, Peer},
         hot::{Begun, Credentials, Reply},
     },
+    caller::Caller,
     telemetry::Metrics,
 };
 
@@ -153,19 +154,26 @@ impl Port {
 
     async fn speak(&self, stream: TcpStream, address: SocketAddr) {
         let Some(certificates) = &self.certificates else {
-            return self.drive(stream, Peer { address, certificate: None }).await;
+            return self.drive(stream, address, None).await;
         };
         match timeout(HANDSHAKE_TIMEOUT, certificates.acceptor().accept(stream)).await {
             Ok(Ok(stream)) => {
                 let certificate = certificates.caller(&stream).map(Arc::new);
-                self.drive(stream, Peer { address, certificate }).await;
+                self.drive(stream, address, certificate).await;
             }
             Ok(Err(error)) => tracing::debug!(%error, peer = %address.ip(), "TLS handshake failed"),
             Err(_) => tracing::debug!(peer = %address.ip(), "TLS handshake took too long"),
         }
     }
 
-    async fn drive(&self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, peer: Peer) {
+    async fn drive(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        address: SocketAddr,
+        certificate: Option<Arc<Caller>>,
+    ) {
+        let (close, closing) = watch::channel(false);
+        let peer = Peer { address, certificate, closing: Arc::new(closing) };
         let heard = Arc::new(AtomicUsize::new(0));
         let stream = TokioIo::new(Heard { stream, heard: Arc::clone(&heard) });
         let calls = Calls { gate: Arc::clone(&self.gate), peer: Arc::new(peer), credentials: Credentials::default() };
@@ -185,6 +193,8 @@ impl Port {
             _ = phase.wait_for(|phase| *phase != Phase::Serving) => false,
         };
         if !closed {
+            // Streams that are held open end by themselves, while those who hold them are still heard.
+            close.send_replace(true);
             connection.as_mut().graceful_shutdown();
             // An error or an overlong farewell end the same way: the connection is dropped.
             let _farewell = timeout(CLOSE_TIMEOUT, connection).await;

@@ -329,6 +329,11 @@ fn expected(path: &str, access: Access, scopes: Option<&[&str]>, workspace: &str
 fn check_verdicts(path: &str, answer: &Bytes, scopes: &[&str], workspace: &str) {
     let verdict = match path.rsplit('/').next() {
         Some("ValidateToken") => proto::ValidateTokenResponse::decode(answer.clone()).expect("an answer").verdict(),
+        Some("StreamValidateTokens") => {
+            let response = proto::StreamValidateTokensResponse::decode(answer.clone()).expect("a result");
+            let Some(proto::stream_validate_tokens_response::Result::Answer(answer)) = response.result else { panic!("{response:?}") };
+            answer.verdict()
+        }
         Some("BatchValidateTokens") => proto::BatchValidateTokensResponse::decode(answer.clone()).expect("answers").responses[0].verdict(),
         _ => return,
     };

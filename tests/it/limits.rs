@@ -34,23 +34,23 @@ crate::on_sqlite!(
     reflection_serves_both_versions,
 );
 
-type RawClient = h2::client::SendRequest<Bytes>;
+pub type RawClient = h2::client::SendRequest<Bytes>;
 
 /// A connection on which a test does what no gRPC library would.
-async fn raw(world: &World) -> (RawClient, tokio::task::JoinHandle<Result<(), h2::Error>>) {
+pub async fn raw(world: &World) -> (RawClient, tokio::task::JoinHandle<Result<(), h2::Error>>) {
     let stream = TcpStream::connect(world.server().address()).await.expect("a connection");
     let (client, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
     (client, tokio::spawn(connection))
 }
 
-fn head(actor: &Actor, path: &str) -> Request<()> {
+pub fn head(actor: &Actor, path: &str) -> Request<()> {
     let request = Request::builder().method(Method::POST).uri(format!("http://keyward{path}")).header("content-type", "application/grpc");
     let request = request.header("te", "trailers");
     let token = actor.token.as_deref().unwrap_or("none");
     request.header("authorization", format!("Bearer {token}")).body(()).expect("a request")
 }
 
-fn frame(message: &impl prost_reflect::prost::Message) -> Bytes {
+pub fn frame(message: &impl prost_reflect::prost::Message) -> Bytes {
     let mut frame = BytesMut::new();
     frame.put_u8(0);
     frame.put_u32(u32::try_from(message.encoded_len()).expect("small"));

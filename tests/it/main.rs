@@ -49,6 +49,7 @@ mod self_service;
 mod signature;
 mod signed;
 mod startup;
+mod streams;
 mod tables;
 mod tidy;
 mod tls;

@@ -360,7 +360,7 @@ async fn metrics_have_bounded_labels(world: &World, secret: &str) {
 }
 
 /// A world whose PostgreSQL is reached through a proxy.
-async fn world_behind_proxy() -> Option<(World, Proxy)> {
+pub async fn world_behind_proxy() -> Option<(World, Proxy)> {
     let Some(postgres) = world::postgres() else {
         world::skip("no PostgreSQL on this machine (initdb and postgres; Debian: apt-get install postgresql)");
         return None;
