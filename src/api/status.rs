@@ -69,11 +69,7 @@ pub(super) fn message_too_large(limit: usize) -> Status {
 
 /// Bytes that are not the message that the method takes.
 pub(super) fn malformed_message() -> Status {
-    plain(
-        Code::InvalidArgument,
-        "MALFORMED_MESSAGE",
-        "the message is not the one that this method takes; is the proto file up to date?",
-    )
+    plain(Code::InvalidArgument, "MALFORMED_MESSAGE", "the message is not the one that this method takes; is the proto file up to date?")
 }
 
 /// The end of a stream that is no fault of anybody's. Clients take `UNAVAILABLE` for what it means here: connect again, and send once more what has no answer.

@@ -393,7 +393,9 @@ async fn streams_end_after_silence_and_with_age(mut world: World) {
 
 async fn the_callers_own_time_ends_a_stream(world: World) {
     let validator = world.validator().await;
-    let timeout = |value: &'static str| HeaderMap::from_iter([(http::HeaderName::from_static("grpc-timeout"), http::HeaderValue::from_static(value))]);
+    let timeout = |value: &'static str| {
+        HeaderMap::from_iter([(http::HeaderName::from_static("grpc-timeout"), http::HeaderValue::from_static(value))])
+    };
     let begin = Instant::now();
     let mut held = Held::open_with(&world, &validator, timeout("700m")).await.expect("it opens");
     assert_eq!(held.verdict("invented").await, Verdict::Unknown);

@@ -58,7 +58,9 @@ ask list
 has keyward.v1.TokenService keyward.v1.ValidationService keyward.v1.SelfService grpc.health.v1.Health
 has keyward.v1.WorkspaceService keyward.v1.PrincipalService keyward.v1.AuditService keyward.v1.NoticeService
 ask list keyward.v1.ValidationService
-has keyward.v1.ValidationService.ValidateToken keyward.v1.ValidationService.BatchValidateTokens
+has keyward.v1.ValidationService.ValidateToken keyward.v1.ValidationService.BatchValidateTokens keyward.v1.ValidationService.StreamValidateTokens
+ask describe keyward.v1.StreamValidateTokensResponse
+has '.google.rpc.Status error = 2;'
 ask describe keyward.v1.TokenService
 has 'rpc CreateToken' '// Creates a token. The answer holds the secret'
 ask describe keyward.v1.CreateTokenRequest
@@ -84,6 +86,9 @@ call ValidationService/ValidateToken '{"token": "'"$secret"'", "requiredScopes":
 is valid True
 is verdict VERDICT_VALID
 is tokenId "$id"
+
+call ValidationService/StreamValidateTokens '{"token": "'"$secret"'"} {"token": "garbage"} {"token": "garbage", "clientIp": "nowhere"}'
+has VERDICT_VALID VERDICT_UNKNOWN google.rpc.BadRequest '"field":"client_ip"'
 
 call TokenService/RevokeToken '{"id": "'"$id"'", "reason": "lost"}'
 is token.state TOKEN_STATE_REVOKED

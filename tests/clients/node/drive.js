@@ -118,6 +118,21 @@ async function main() {
   const verdicts = batch.responses.map(({ verdict }) => verdict);
   assert.deepEqual(verdicts, ['VERDICT_VALID', 'VERDICT_UNKNOWN', 'VERDICT_WRONG_AUDIENCE']);
 
+  // Many questions on one stream; what is wrong with one is told in its place.
+  const bearer = new grpc.Metadata();
+  bearer.set('authorization', `Bearer ${root}`);
+  const stream = new v1.ValidationService(address, grpc.credentials.createInsecure()).streamValidateTokens(bearer);
+  const ended = new Promise((resolve, reject) => stream.on('status', resolve).on('error', reject));
+  const results = stream[Symbol.asyncIterator]();
+  for (const question of [use, { token: 'garbage' }, { ...use, clientIp: 'nowhere' }]) stream.write(question);
+  const [first, unknown, wrong] = [await results.next(), await results.next(), await results.next()].map(({ value }) => value);
+  assert.deepEqual([first.answer.verdict, unknown.answer.verdict], ['VERDICT_VALID', 'VERDICT_UNKNOWN']);
+  assert.deepEqual([wrong.result, wrong.error.code], ['error', grpc.status.INVALID_ARGUMENT]);
+  assert.equal(wrong.error.details[0].type_url ?? wrong.error.details[0].typeUrl, 'type.googleapis.com/google.rpc.ErrorInfo');
+  stream.end();
+  assert.equal((await results.next()).done, true);
+  assert.equal((await ended).code, grpc.status.OK);
+
   // Change, revoke, validate again: the answer to a change comes when it is in force.
   const change = { token: { id: token.id, displayName: 'Renamed', etag: token.etag }, updateMask: { paths: ['display_name'] } };
   const updated = await tokens.updateToken(change);

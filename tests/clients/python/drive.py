@@ -10,6 +10,7 @@ Stops at the first thing that is not as it should be, with a message and exit co
 import itertools
 import os
 import pathlib
+import queue
 import re
 import subprocess
 import sys
@@ -61,7 +62,7 @@ from keyward.v1.token_pb2 import (  # noqa: E402
 )
 
 
-class Bearer(grpc.UnaryUnaryClientInterceptor):
+class Bearer(grpc.UnaryUnaryClientInterceptor, grpc.StreamStreamClientInterceptor):
     """Presents a token with each call. Over TLS, grpc.access_token_call_credentials(token) does the same."""
 
     def __init__(self, token):
@@ -69,6 +70,9 @@ class Bearer(grpc.UnaryUnaryClientInterceptor):
 
     def intercept_unary_unary(self, continuation, client_call_details, request):
         return continuation(client_call_details._replace(metadata=[self.header]), request)
+
+    def intercept_stream_stream(self, continuation, client_call_details, requests):
+        return continuation(client_call_details._replace(metadata=[self.header]), requests)
 
 
 class Keyward:
@@ -128,7 +132,10 @@ def expect_in_force(answer):
 
 def error_details(error):
     """The details of an error, by their type."""
-    status = rpc_status.from_call(error)
+    return status_details(rpc_status.from_call(error))
+
+
+def status_details(status):
     details = {}
     for packed in status.details if status else []:
         for kind in (BadRequest, ErrorInfo):
@@ -281,6 +288,41 @@ def batches(root, _channel):
     expect_error(INVALID, lambda: ask([three[0]] * 1001), "requests")
     bad = [three[0], question(token=good, client_ip="nowhere"), three[1], question(token=good, required_scopes=["a:b", "*"])]
     expect_error(INVALID, lambda: ask(bad), "requests[1].client_ip", "requests[3].required_scopes[1]")
+
+
+def streams(root, channel):
+    """One stream for many questions; what is wrong with one is told in its place."""
+    made, brief = root.create(), root.create()
+    question = data.ValidateTokenRequest
+    bad = question(token=made.secret, client_ip="nowhere")
+    order = [question(token=made.secret), question(token="garbage"), bad] * 500
+    results = list(root.validation.StreamValidateTokens(iter(order)))
+    expect_equal(len(results), len(order), "results")
+    wanted = [data.VERDICT_VALID, data.VERDICT_UNKNOWN, data.VERDICT_UNSPECIFIED]
+    expect(all(result.answer.verdict == wanted[place % 3] for place, result in enumerate(results)), "order of results")
+    for result in results[2::3]:
+        expect_equal(result.WhichOneof("result"), "error", "a field that is wrong")
+        expect_equal(result.error.code, INVALID.value[0], "code")
+        details = status_details(result.error)
+        expect_equal([violation.field for violation in details[BadRequest].field_violations], ["client_ip"], "fields")
+        expect_equal(details[ErrorInfo].domain, "keyward", "ErrorInfo.domain")
+
+    # Each question waits for the answer to the one before it; the token is revoked in between.
+    questions = queue.SimpleQueue()
+    results = root.validation.StreamValidateTokens(iter(questions.get, None))
+
+    def ask(token):
+        questions.put(question(token=token))
+        return next(results).answer.verdict
+
+    expect_equal(ask(brief.secret), data.VERDICT_VALID, "verdict")
+    root.tokens.RevokeToken(control.RevokeTokenRequest(id=brief.token.id))
+    expect_equal(ask(brief.secret), data.VERDICT_REVOKED, "verdict after the revocation")
+    questions.put(None)
+    expect_equal(list(results), [], "results after the last question")
+    expect_equal(results.code(), grpc.StatusCode.OK, "code")
+    weak = Keyward(channel, root.create().secret)
+    expect_error(DENIED, lambda: list(weak.validation.StreamValidateTokens(iter(order))))
 
 
 def lists(root, _channel):
@@ -828,7 +870,7 @@ def health(_root, channel):
 
 
 STORY = (
-    who_am_i, create_and_validate, verdicts, batches, lists, updates, regenerations, deletions, self_service, rights, wrong_arguments,
+    who_am_i, create_and_validate, verdicts, batches, streams, lists, updates, regenerations, deletions, self_service, rights, wrong_arguments,
     large_messages, workspaces, principals, own_tokens, sessions, routes, leaks, audit_events, notices, health,
 )  # fmt: skip
 
