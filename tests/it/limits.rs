@@ -39,6 +39,7 @@ pub type RawClient = h2::client::SendRequest<Bytes>;
 /// A connection on which a test does what no gRPC library would.
 pub async fn raw(world: &World) -> (RawClient, tokio::task::JoinHandle<Result<(), h2::Error>>) {
     let stream = TcpStream::connect(world.server().address()).await.expect("a connection");
+    stream.set_nodelay(true).expect("set");
     let (client, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
     (client, tokio::spawn(connection))
 }

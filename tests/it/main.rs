@@ -28,6 +28,7 @@ mod crash;
 mod domain;
 mod equipment;
 mod equivalence;
+mod hot;
 mod keeping;
 mod limits;
 mod mailbox;
