@@ -1,7 +1,8 @@
 //! What every call passes before its handler: room, time, and who is asking.
 //!
 //! The order is: is the method known → who is it, and may they → the whole message → is there room → who is it, and may they, still → handler,
-//! all of it within the deadline. Whatever comes out is counted, and logged at debug in one line.
+//! all of it within the deadline. Whatever comes out is counted, and logged at debug in one line. A stream of questions (`stream`) is let in by its head, and takes the other steps
+//! again for each group of its messages.
 //!
 //! Invariant: a method that is not in [`METHODS`] is closed (test `every_method_is_in_the_table`).
 //! Invariant: the caller is authorised before a byte of the message is read (test `strangers_learn_nothing_from_their_arguments`).
@@ -479,7 +480,8 @@ impl Gate {
             Plane::Data => &self.data_calls,
             Plane::Control => &self.control_calls,
             Plane::Report => &self.report_calls,
-            Plane::Health | Plane::Stream | Plane::Held => &self.health_calls,
+            Plane::Health | Plane::Stream => &self.health_calls,
+            Plane::Held => &self.streams,
         }
     }
 

@@ -7,7 +7,8 @@
 //! Invariant: results come in the order of the requests, and a bad request costs nobody but itself (test `answers_come_in_order_and_a_bad_message_ends_nothing`).
 //! Invariant: the caller is judged anew for every group (test `a_revoked_caller_ends_the_stream_with_its_next_message`).
 //! Invariant: while answers are not taken nothing is read (test `who_does_not_read_is_not_read_either`).
-//! Invariant: a stream ends when its connection is to end (test `a_drain_ends_streams_at_once`).
+//! Invariant: a stream ends when its connection is to end, and what is under way is answered first (tests `a_drain_ends_streams_at_once`,
+//! `a_drain_answers_the_group_that_is_under_way`).
 
 use std::{
     mem,
@@ -56,6 +57,8 @@ const PREFIX_BYTES: usize = 5;
 /// The name of the header that says how messages are compressed.
 const GRPC_ENCODING: &str = "grpc-encoding";
 
+const CLOSING: &str = "this connection is about to close: open a new stream";
+
 /// What one message is answered with, before it is written.
 type Answer = Result<proto::ValidateTokenResponse, Status>;
 /// The answers to a group, or what ends the stream.
@@ -79,7 +82,8 @@ where
     if let Some(encoding) = head.headers.get(GRPC_ENCODING).filter(|encoding| *encoding != "identity") {
         return Err(Status::unimplemented(format!("messages compressed with {encoding:?} are not taken")));
     }
-    gate.identify(method, &head.headers, peer, Judge::WithTheMessage, who).await?;
+    let known = gate.identify(method, &head.headers, peer, Judge::WithTheMessage, who);
+    timeout(gate.limits.deadline_max.min(time.longest), known).await.map_err(|_| status::deadline_exceeded())??;
     let Ok(place) = Arc::clone(&gate.streams).try_acquire_owned() else {
         gate.api.metrics.shed();
         return Err(status::overloaded("too many streams are open; try again, or ask without a stream".to_owned()));
@@ -380,7 +384,7 @@ impl Stream {
     /// Why it has to end although messages may be waiting.
     fn overdue(&self) -> Option<Status> {
         if *self.asker.peer.closing.borrow() {
-            return Some(status::reopen("this connection is about to close: open a new stream"));
+            return Some(status::reopen(CLOSING));
         }
         (self.account.opened.elapsed() >= self.time.longest).then(|| self.time.over())
     }
@@ -433,7 +437,7 @@ impl Stream {
     /// Waits for the end of patience, or of the connection.
     fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<Status> {
         if self.closing.as_mut().poll(context).is_ready() {
-            return Poll::Ready(status::reopen("this connection is about to close: open a new stream"));
+            return Poll::Ready(status::reopen(CLOSING));
         }
         if self.half.is_none() && self.inbox.has_half() {
             self.half = Some(Stopwatch::start());

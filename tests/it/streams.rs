@@ -445,6 +445,29 @@ async fn open_streams_are_bounded_and_counted(mut world: World) {
     assert_eq!(count("UNAUTHENTICATED").await, 1);
 }
 
+/// Longer than a drain waits for connections on which nothing is under way.
+#[test]
+fn a_drain_answers_the_group_that_is_under_way() {
+    runtime().block_on(async {
+        let Some((mut world, proxy)) = world_behind_proxy().await else { return };
+        let (admin, validator) = (world.admin().await, world.validator().await);
+        let (token, secret) = admin.issue("t", &[]).await;
+        let mut held = Held::open(&world, &validator).await;
+        assert_eq!(held.verdict("invented").await, Verdict::Unknown);
+        proxy.hold_after(world.db_digest(&token.id).await);
+        held.ask(&peek(&secret));
+        eventually("the look-up is in the air", async || proxy.is_holding().then_some(())).await;
+        let stopping = tokio::spawn(world.take_server().stop());
+        tokio::time::sleep(Duration::from_millis(2500)).await;
+        held.ask(&peek(&secret));
+        proxy.release();
+        assert_eq!(held.answers.next().await.expect("a result").expect("judged").verdict(), Verdict::Valid);
+        let status = held.answers.status().await;
+        assert_eq!(reason(&status), "STREAM_ENDED", "what comes after the wish to stop is asked elsewhere");
+        stopping.await.expect("no panic").expect("a clean stop");
+    });
+}
+
 /// Each message is told what becomes of it; those that memory knows are judged on.
 #[test]
 fn a_lost_database_is_told_by_message() {
