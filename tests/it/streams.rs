@@ -47,6 +47,7 @@ struct Held {
 struct Answers {
     body: h2::RecvStream,
     buffer: BytesMut,
+    frames: usize,
 }
 
 impl Held {
@@ -66,7 +67,7 @@ impl Held {
         let response = timeout(Duration::from_secs(10), response).await.expect("in time").expect("answered");
         match Status::from_header_map(response.headers()) {
             Some(status) => Err(status),
-            None => Ok(Self { questions, answers: Answers { body: response.into_body(), buffer: BytesMut::new() } }),
+            None => Ok(Self { questions, answers: Answers { body: response.into_body(), buffer: BytesMut::new(), frames: 0 } }),
         }
     }
 
@@ -110,6 +111,7 @@ impl Answers {
                 return None;
             };
             let data = data.expect("whole");
+            self.frames += 1;
             self.body.flow_control().release_capacity(data.len()).expect("taken");
             self.buffer.extend_from_slice(&data);
         }
@@ -274,11 +276,13 @@ async fn messages_come_in_any_pieces(world: World) {
     held.send(raw_frame(b""));
     held.send(two.repeat(1000));
     held.end();
+    let before = held.answers.frames;
     let mut verdicts = Vec::new();
     while let Some(result) = held.answers.next().await {
         verdicts.push(result.expect("judged").verdict());
     }
     assert_eq!(verdicts.len(), 2 + 1 + 2000);
+    assert!(held.answers.frames - before < 200, "{} frames: answers of a group go together", held.answers.frames - before);
     assert_eq!(verdicts[..3], [Verdict::Valid, Verdict::Unknown, Verdict::Unknown]);
     assert!(verdicts[3..].chunks(2).all(|pair| pair == [Verdict::Valid, Verdict::Unknown]));
     assert_eq!(held.answers.status().await.code(), Code::Ok);

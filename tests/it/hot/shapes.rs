@@ -125,10 +125,10 @@ impl Maker<'_> {
 
     fn headers(&mut self) -> Vec<(&'static str, Vec<u8>)> {
         let mut headers: Vec<(&'static str, Vec<u8>)> = Vec::new();
-        if !self.once_in(20) {
-            headers.push(("te", b"trailers".to_vec()));
-        } else {
+        if self.once_in(20) {
             self.say("without-te");
+        } else {
+            headers.push(("te", b"trailers".to_vec()));
         }
         if self.once_in(8) {
             let time = self.pick(&[
@@ -506,8 +506,14 @@ impl Maker<'_> {
     fn length_delimited(&mut self, number: u64, bytes: &[u8]) -> Vec<u8> {
         let (mut key, mut length) = (key(number, 2), varint(bytes.len() as u64));
         match self.below(300) {
-            0 => self.also("long-key", lengthen(&mut key)),
-            1 => self.also("long-length", lengthen(&mut length)),
+            0 => {
+                self.say("long-key");
+                lengthen(&mut key);
+            }
+            1 => {
+                self.say("long-length");
+                lengthen(&mut length);
+            }
             2 if self.is_wild => {
                 self.say("overrun");
                 length = varint(bytes.len() as u64 + 1);
