@@ -180,7 +180,7 @@ impl Validator {
         self.keyring.prove(text)
     }
 
-    /// Judges by what memory knows, at once; nothing if the store has to be asked. `tell` hears the judgement. The use is not counted yet.
+    /// Judges by what memory knows, at once; nothing if the store has to be asked. `tell` hears the judgement. Nothing is counted yet.
     pub fn judge_known<T>(
         &self,
         digest: Option<Digest>,
@@ -197,7 +197,6 @@ impl Validator {
             Some(workspace) => Some(self.cache.routes(workspace)?),
             None => None,
         };
-        self.hits.add(1);
         Some(tell(judge(&grant, question, routes.as_deref(), now)))
     }
 
@@ -206,6 +205,11 @@ impl Validator {
         if let Some(token_id) = judgement.used(question) {
             self.count(token_id, question.need.client_ip, now);
         }
+    }
+
+    /// Counts tokens that [`Validator::judge_known`] has judged.
+    pub fn count_hits(&self, count: u64) {
+        self.hits.add(count);
     }
 
     /// Counts one use of a token.

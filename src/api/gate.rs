@@ -280,7 +280,7 @@ pub struct Peer {
 pub struct Gate {
     pub(super) api: Api,
     routes: Routes,
-    clock: Clock,
+    pub(super) clock: Clock,
     pub(super) limits: Limits,
     data_calls: Semaphore,
     control_calls: Semaphore,
@@ -350,18 +350,27 @@ impl Gate {
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let control = self.control.clone();
-        // A set ends its tasks when it is dropped: a call whose client goes away goes no further.
-        let mut calls = JoinSet::new();
-        calls.spawn_on(async move { self.serve(request, &peer).await }, &control);
-        let response = match calls.join_next().await {
-            Some(Ok(response)) => response,
-            ended => {
-                let why = ended.and_then(Result::err).map_or("it was lost".to_owned(), |error| error.to_string());
-                completed(Status::from(Error::Internal(format!("a call did not end: {why}").into())).into_http())
+        let gate = Arc::clone(&self);
+        let response = gate.elsewhere(async move { self.serve(request, &peer).await }).await;
+        response.unwrap_or_else(|status| completed(status.into_http())).map(Reply::Generated)
+    }
+
+    /// Does something on the runtime that the server was started on. It goes no further if nobody waits for it any more.
+    pub(super) fn elsewhere<T, W>(&self, work: W) -> impl Future<Output = Result<T, Status>> + Send + use<T, W>
+    where
+        T: Send + 'static,
+        W: Future<Output = T> + Send + 'static,
+    {
+        // A set ends its tasks when it is dropped.
+        let mut tasks = JoinSet::new();
+        tasks.spawn_on(work, &self.control);
+        async move {
+            match tasks.join_next().await {
+                Some(Ok(done)) => Ok(done),
+                Some(Err(error)) => Err(Error::Internal(error.into()).into()),
+                None => Err(Error::Internal("a task was lost".into()).into()),
             }
-        };
-        response.map(Reply::Generated)
+        }
     }
 
     /// Answers one call.

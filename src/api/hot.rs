@@ -4,7 +4,7 @@
 //! head, it has no field that is not in the proto file, and memory knows each token that is asked about. Whatever is not plain is handed on untouched, and
 //! nothing was counted for it. What is answered here never waits, so it takes no place among the calls that are under way and needs no deadline.
 //!
-//! Invariant: an answer from here is the one that the generated services would have given, to the byte (test `both_ways_answer_alike`).
+//! Invariant: an answer from here is the one that the generated services would have given, to the byte (test `both_ways_give_the_same_answer`).
 //! Invariant: the caller is judged for this very call, before a byte of the message is read (test `a_revoked_caller_finishes_nothing`).
 
 mod question;
@@ -25,7 +25,7 @@ use http_body::Frame;
 use smallvec::SmallVec;
 use tonic::{Status, body::Body};
 
-use self::question::{Asked, put_answer};
+use self::question::Asked;
 use super::{
     Api,
     gate::{self, Peer},
@@ -35,7 +35,7 @@ use crate::{
     caller::{Access, Rights},
     grant::{Grant, Need, Verdict},
     token::{self, Digest, TokenId},
-    validator::Question,
+    validator::{Judgement, Question},
 };
 
 const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
@@ -163,22 +163,29 @@ impl Credentials {
 /// The good caller of a call.
 struct KnownCaller {
     token_id: TokenId,
+    address: Option<IpAddr>,
     /// The only workspace whose tokens they may ask about; nothing: every one.
-    reach: Option<SmallVec<[u8; 64]>>,
+    workspace: Option<SmallVec<[u8; 64]>>,
 }
 
 impl KnownCaller {
-    fn of(grant: &Grant) -> Option<Self> {
+    fn of(grant: &Grant, address: Option<IpAddr>) -> Option<Self> {
         let rights = Rights::of(grant.scopes());
         rights.authorize(Access::Validate).ok()?;
-        let reach = rights.validation_reach(grant.workspace()).map(|workspace| SmallVec::from_slice(workspace.as_bytes()));
-        Some(Self { token_id: grant.token_id(), reach })
+        let workspace = rights.validation_reach(grant.workspace()).map(|workspace| SmallVec::from_slice(workspace.as_bytes()));
+        Some(Self { token_id: grant.token_id(), address, workspace })
+    }
+
+    /// As the validator takes it; nothing at all if the id of the workspace is no text, which it is.
+    fn reach(&self) -> Option<Option<&str>> {
+        self.workspace.as_deref().map(std::str::from_utf8).transpose().ok()
     }
 }
 
 /// What was judged, until it is certain that the call is answered here.
 #[derive(Default)]
 struct Noted {
+    hits: u64,
     uses: Vec<(TokenId, Option<IpAddr>)>,
     verdicts: Vec<Verdict>,
 }
@@ -201,89 +208,118 @@ impl Api {
         if !is_plain || gate::deadline(headers, std::time::Duration::MAX).ok()?.is_zero() {
             return None;
         }
-        let address = Some(peer.address.ip().to_canonical());
-        let need = Need { client_ip: address, ..Need::default() };
-        let asked_of_caller = Question { text: &[], need, http: None, peek: false };
-        let caller = self.known_caller(headers, &asked_of_caller, credentials, now)?;
+        let caller = self.known_caller(headers, peer, credentials, now)?;
         let message = request.body_mut().whole()?;
         let (flags, rest) = message.split_first_chunk::<FRAME_HEADER_BYTES>()?;
         let [0, length @ ..] = *flags else { return None };
         if rest.len() > bytes_max || u32::from_be_bytes(length) as usize != rest.len() {
             return None;
         }
-        let reach = caller.reach.as_deref().map(std::str::from_utf8).transpose().ok()?;
         let frame = match request.uri().path() {
-            gate::VALIDATE => self.answer_one(rest, reach, now),
-            gate::BATCH => self.answer_batch(rest, reach, now),
+            gate::VALIDATE => self.answer_one(rest, caller.reach()?, now),
+            gate::BATCH => self.answer_batch(rest, caller.reach()?, now),
             _ => None,
         }?;
-        self.validator.count(caller.token_id, address, now);
+        self.validator.count(caller.token_id, caller.address, now);
+        self.validator.count_hits(1);
         Some(plain(frame))
     }
 
-    fn known_caller(&self, headers: &HeaderMap, question: &Question<'_>, credentials: &Credentials, now: Time) -> Option<KnownCaller> {
+    /// Answers messages of a stream, if everything about them is plain. Nobody's use of their own token is counted.
+    pub(super) fn answer_messages_at_once<'a>(
+        &self,
+        messages: impl Iterator<Item = &'a [u8]>,
+        headers: &HeaderMap,
+        peer: &Peer,
+        credentials: &Credentials,
+        now: Time,
+    ) -> Option<Vec<u8>> {
+        let caller = self.known_caller(headers, peer, credentials, now)?;
+        let mut frames = Vec::new();
+        let noted = self.answer_groups(messages.map(Some), caller.reach()?, now, &mut frames, question::put_message)?;
+        self.note(noted, now);
+        Some(frames)
+    }
+
+    fn known_caller(&self, headers: &HeaderMap, peer: &Peer, credentials: &Credentials, now: Time) -> Option<KnownCaller> {
+        let address = Some(peer.address.ip().to_canonical());
+        let question = Question { text: &[], need: Need { client_ip: address, ..Need::default() }, http: None, peek: false };
         let mut values = headers.get_all(AUTHORIZATION).iter();
         let (value, None) = (values.next()?, values.next()) else { return None };
         let digest = credentials.digest(value, |text| self.validator.prove(text))?;
-        self.validator.judge_known(Some(digest), question, now, |judgement| {
-            judgement.grant.filter(|_| judgement.verdict == Verdict::Valid).and_then(KnownCaller::of)
+        self.validator.judge_known(Some(digest), &question, now, |judgement| {
+            judgement.grant.filter(|_| judgement.verdict == Verdict::Valid).and_then(|grant| KnownCaller::of(grant, address))
         })?
     }
 
     fn answer_one(&self, message: &[u8], reach: Option<&str>, now: Time) -> Option<Vec<u8>> {
         let asked = Asked::read(message)?;
         let question = asked.question(reach);
-        self.validator.judge_known(self.validator.prove(question.text), &question, now, |judgement| {
+        let digest = self.validator.prove(question.text);
+        self.validator.judge_known(digest, &question, now, |judgement| {
+            self.validator.count_hits(digest.is_some().into());
             if let Some(token_id) = judgement.used(&question) {
                 self.validator.count(token_id, question.need.client_ip, now);
             }
             self.metrics.verdict(judgement.verdict);
             let mut frame = Vec::with_capacity(FRAME_HEADER_BYTES + question::answer_bytes(judgement, &question));
             frame.put_bytes(0, FRAME_HEADER_BYTES);
-            put_answer(&mut frame, judgement, &question);
+            question::put_answer(&mut frame, judgement, &question);
             finished(frame)
         })?
     }
 
     fn answer_batch(&self, message: &[u8], reach: Option<&str>, now: Time) -> Option<Vec<u8>> {
-        let mut entries = question::entries(message);
         let mut frame = vec![0; FRAME_HEADER_BYTES];
-        let mut noted = Noted::default();
-        loop {
-            let mut group = SmallVec::<[Asked<'_>; GROUP]>::new();
-            for entry in entries.by_ref().take(GROUP) {
-                group.push(Asked::read(entry?)?);
-            }
-            if group.is_empty() {
-                break;
-            }
-            self.answer_group(&group, reach, now, &mut frame, &mut noted)?;
-        }
+        let noted = self.answer_groups(question::entries(message), reach, now, &mut frame, question::put_entry)?;
         if !(1..=super::validation::BATCH_MAX).contains(&noted.verdicts.len()) {
             return None;
         }
+        self.note(noted, now);
+        finished(frame)
+    }
+
+    /// Judges questions and writes the answers one behind the other; nothing if one of them is not plain.
+    fn answer_groups<'a>(
+        &self,
+        mut messages: impl Iterator<Item = Option<&'a [u8]>>,
+        reach: Option<&str>,
+        now: Time,
+        frame: &mut Vec<u8>,
+        put: impl Fn(&mut Vec<u8>, Judgement<'_>, &Question<'_>),
+    ) -> Option<Noted> {
+        let mut noted = Noted::default();
+        loop {
+            let mut group = SmallVec::<[Asked<'_>; GROUP]>::new();
+            for message in messages.by_ref().take(GROUP) {
+                group.push(Asked::read(message?)?);
+            }
+            if group.is_empty() {
+                return Some(noted);
+            }
+            let digests: SmallVec<[Option<Digest>; GROUP]> = group.iter().map(|asked| self.validator.prove(asked.token())).collect();
+            self.validator.bring_near(digests.iter().copied().flatten());
+            for (asked, digest) in group.iter().zip(digests) {
+                noted.hits += u64::from(digest.is_some());
+                let question = asked.question(reach);
+                self.validator.judge_known(digest, &question, now, |judgement| {
+                    put(frame, judgement, &question);
+                    noted.uses.extend(judgement.used(&question).map(|token_id| (token_id, question.need.client_ip)));
+                    noted.verdicts.push(judgement.verdict);
+                })?;
+            }
+        }
+    }
+
+    /// Counts what was judged, now that it is certain that it is answered.
+    fn note(&self, noted: Noted, now: Time) {
+        self.validator.count_hits(noted.hits);
         for (token_id, client_ip) in noted.uses {
             self.validator.count(token_id, client_ip, now);
         }
         for verdict in noted.verdicts {
             self.metrics.verdict(verdict);
         }
-        finished(frame)
-    }
-
-    /// Judges some questions of a batch; nothing if one of them is not plain.
-    fn answer_group(&self, group: &[Asked<'_>], reach: Option<&str>, now: Time, frame: &mut Vec<u8>, noted: &mut Noted) -> Option<()> {
-        let digests: SmallVec<[Option<Digest>; GROUP]> = group.iter().map(|asked| self.validator.prove(asked.token())).collect();
-        self.validator.bring_near(digests.iter().copied().flatten());
-        for (asked, digest) in group.iter().zip(digests) {
-            let question = asked.question(reach);
-            self.validator.judge_known(digest, &question, now, |judgement| {
-                question::put_entry(frame, judgement, &question);
-                noted.uses.extend(judgement.used(&question).map(|token_id| (token_id, question.need.client_ip)));
-                noted.verdicts.push(judgement.verdict);
-            })?;
-        }
-        Some(())
     }
 }
 

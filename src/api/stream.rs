@@ -33,7 +33,8 @@ use tonic::{Code, Status, body::Body, metadata::GRPC_CONTENT_TYPE};
 
 use super::{
     Api,
-    gate::{self, Gate, Judge, Method, Peer},
+    gate::{self, Gate, Judge, METHODS, Method, Peer},
+    hot::Credentials,
     status,
     validation::{question, required_scopes},
 };
@@ -42,7 +43,6 @@ use crate::{
     caller::Caller,
     error::{Error, Result as Outcome, Violations},
     proto::{self, stream_validate_tokens_response::Result as Kind},
-    scope::Scope,
     telemetry,
     token::TokenId,
     validator::{Answer as Judgement, Question},
@@ -62,7 +62,23 @@ const CLOSING: &str = "this connection is about to close: open a new stream";
 /// What one message is answered with, before it is written.
 type Answer = Result<proto::ValidateTokenResponse, Status>;
 /// The answers to a group, or what ends the stream.
-type Work = Pin<Box<dyn Future<Output = Result<Bytes, Status>> + Send>>;
+type Answers = Result<Bytes, Status>;
+
+/// A group that is being judged.
+enum Work {
+    /// Memory knew all of it.
+    Done(Bytes),
+    Waiting(Pin<Box<dyn Future<Output = Answers> + Send>>),
+}
+
+impl Work {
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Answers> {
+        match self {
+            Self::Done(answers) => Poll::Ready(Ok(mem::take(answers))),
+            Self::Waiting(answers) => answers.as_mut().poll(context),
+        }
+    }
+}
 
 /// Opens a stream for a caller who may.
 pub(super) async fn open<B>(
@@ -109,6 +125,7 @@ where
         // An error says that the connection is gone.
         closing: Box::pin(async move { drop(closing.wait_for(|closing| *closing).await) }),
         asker,
+        known: Credentials::default(),
         account,
         _place: place,
     };
@@ -154,8 +171,20 @@ struct Asker {
 }
 
 impl Asker {
+    /// Begins to answer a group: at once if memory knows all of it, or else where the store is.
+    fn begin(self: &Arc<Self>, group: Bytes, known: &Credentials) -> Work {
+        let gate = &self.gate;
+        match gate.api.answer_messages_at_once(messages(&group), &self.credentials, &self.peer, known, gate.clock.now()) {
+            Some(answers) => Work::Done(answers.into()),
+            None => {
+                let answers = gate.elsewhere(Arc::clone(self).answer(group));
+                Work::Waiting(Box::pin(async { answers.await? }))
+            }
+        }
+    }
+
     /// Answers a group of messages, if its caller is still good.
-    async fn answer(self: Arc<Self>, group: Bytes) -> Result<Bytes, Status> {
+    async fn answer(self: Arc<Self>, group: Bytes) -> Answers {
         let _active = self.gate.begin();
         // Whatever keeps the store busy: each message is told, and may be sent again.
         let answers = match timeout(self.gate.limits.deadline_max, self.judge(&group)).await {
@@ -189,11 +218,17 @@ impl Api {
     /// Answers each message by itself, with what `ValidateToken` would answer or fail with. What the cache does not know is read together; if that fails, each by
     /// itself, so that the failure is told where it belongs.
     async fn answer_each<'a>(&self, messages: impl Iterator<Item = &'a [u8]>, caller: &Caller, now: Time) -> Vec<Answer> {
-        let mut asked: Vec<_> = messages.map(Asked::read).collect();
-        let questions: Vec<_> = asked
+        let requests: Vec<_> = messages.map(read).collect();
+        let mut checked: Vec<_> = requests.iter().map(|request| request.as_ref().map(checked)).collect();
+        let reach = caller.validation_reach();
+        let questions: Vec<_> = checked
             .iter_mut()
-            .map(|asked| match asked {
-                Ok(asked) => asked.question(caller.validation_reach()),
+            .map(|checked| match checked {
+                Ok((request, scopes, violations)) => {
+                    let question = question("", request, scopes, reach, violations);
+                    mem::take(violations).finish()?;
+                    Ok(question)
+                }
                 Err(status) => Err(status.clone()),
             })
             .collect();
@@ -202,7 +237,7 @@ impl Api {
         let answer = |question: Result<Question<'_>, Status>| {
             let question = question?;
             let judgement = judgements.next().unwrap_or_else(|| Err(Error::Internal("a question was lost".into())));
-            Ok(self.answer(judgement?, &question))
+            Ok(self.answer(judgement?, &question)?)
         };
         questions.into_iter().map(answer).collect()
     }
@@ -227,26 +262,15 @@ impl Api {
     }
 }
 
-/// A message that was read, and what is wrong with it so far.
-struct Asked {
-    message: proto::ValidateTokenRequest,
-    scopes: Vec<Scope>,
-    violations: Violations,
+fn read(message: &[u8]) -> Result<proto::ValidateTokenRequest, Status> {
+    proto::ValidateTokenRequest::decode(message).map_err(|_| status::malformed_message())
 }
 
-impl Asked {
-    fn read(bytes: &[u8]) -> Result<Self, Status> {
-        let message = proto::ValidateTokenRequest::decode(bytes).map_err(|_| status::malformed_message())?;
-        let mut violations = Violations::default();
-        let scopes = required_scopes("", &message, &mut violations);
-        Ok(Self { message, scopes, violations })
-    }
-
-    fn question<'a>(&'a mut self, reach: Option<&'a str>) -> Result<Question<'a>, Status> {
-        let question = question("", &self.message, &self.scopes, reach, &mut self.violations);
-        mem::take(&mut self.violations).finish()?;
-        Ok(question)
-    }
+/// A request, the scopes that it requires, and what is wrong with them.
+fn checked(request: &proto::ValidateTokenRequest) -> (&proto::ValidateTokenRequest, Vec<&str>, Violations) {
+    let mut violations = Violations::default();
+    let scopes = required_scopes("", request, &mut violations);
+    (request, scopes, violations)
 }
 
 /// The messages of a group that is whole.
@@ -348,7 +372,8 @@ struct Account {
 impl Drop for Account {
     fn drop(&mut self) {
         let (path, code) = (self.asker.method.path, usize::try_from(i32::from(self.code)).unwrap_or(0));
-        self.asker.gate.api.metrics.request(path, code, self.head);
+        let place = METHODS.iter().position(|method| method.path == path).unwrap_or(METHODS.len());
+        self.asker.gate.api.metrics.request(place, code, self.head);
         tracing::debug!(
             method = path,
             code = telemetry::code_name(code),
@@ -376,6 +401,7 @@ struct Stream {
     alarm: Pin<Box<Sleep>>,
     closing: Pin<Box<dyn Future<Output = ()> + Send>>,
     asker: Arc<Asker>,
+    known: Credentials,
     account: Account,
     _place: OwnedSemaphorePermit,
 }
@@ -416,7 +442,7 @@ impl Stream {
         let Some(group) = self.inbox.take() else { return false };
         self.heard = Stopwatch::start();
         self.half = None;
-        self.work = Some(Box::pin(Arc::clone(&self.asker).answer(group)));
+        self.work = Some(self.asker.begin(group, &self.known));
         true
     }
 
@@ -477,7 +503,7 @@ impl http_body::Body for Stream {
                 return Poll::Ready(None);
             }
             if let Some(work) = &mut stream.work {
-                let answers = ready!(work.as_mut().poll(context));
+                let answers = ready!(work.poll(context));
                 stream.work = None;
                 match answers {
                     Ok(answers) => return Poll::Ready(Some(Ok(Frame::data(answers)))),

@@ -95,3 +95,41 @@ async fn drive(port: &Arc<Port>, mut line: mpsc::Receiver<Accepted>, open: &Atom
     }
     while connections.join_next().await.is_some() {}
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::{net::TcpListener, sync::Semaphore};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn connections_are_spread_over_the_workers() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let places = Arc::new(Semaphore::new(100));
+        let (workers, mut lines): (Vec<_>, Vec<_>) = std::iter::repeat_with(|| {
+            let (line, accepted) = mpsc::channel(WAITING_MAX);
+            (Worker { line, open: Arc::default() }, accepted)
+        })
+        .take(3)
+        .unzip();
+        let workers = Workers(workers);
+        let hand = async || {
+            let _client = TcpStream::connect(address).await.expect("connected");
+            let (stream, address) = listener.accept().await.expect("accepted");
+            let permit = Arc::clone(&places).acquire_owned().await.expect("a place");
+            workers.hand(stream, address, permit).await.expect("handed on");
+        };
+        for _ in 0..9 {
+            hand().await;
+        }
+        assert_eq!(lines.iter().map(mpsc::Receiver::len).collect::<Vec<_>>(), [3, 3, 3]);
+        workers.0[1].open.fetch_sub(2, Ordering::Relaxed);
+        for _ in 0..2 {
+            hand().await;
+        }
+        assert_eq!(lines.iter().map(mpsc::Receiver::len).collect::<Vec<_>>(), [3, 5, 3], "two of its connections had closed");
+        let accepted = lines[1].recv().await.expect("handed on");
+        assert!(TcpStream::from_std(accepted.stream).is_ok(), "another runtime may take it up");
+    }
+}

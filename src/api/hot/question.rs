@@ -155,6 +155,17 @@ pub(super) fn put_entry(frame: &mut Vec<u8>, judgement: Judgement<'_>, question:
     put_answer(frame, judgement, question);
 }
 
+/// Writes a `StreamValidateTokensResponse` with its frame.
+pub(super) fn put_message(frame: &mut Vec<u8>, judgement: Judgement<'_>, question: &Question<'_>) {
+    let bytes = answer_bytes(judgement, question);
+    frame.put_u8(0);
+    // No answer comes near 4 GiB.
+    frame.put_u32(u32::try_from(1 + varint_bytes(bytes) + bytes).unwrap_or(u32::MAX));
+    frame.put_u8(tag(1));
+    put_varint(frame, bytes);
+    put_answer(frame, judgement, question);
+}
+
 fn varint_bytes(value: usize) -> usize {
     match value {
         0..0x80 => 1,
