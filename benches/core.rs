@@ -193,6 +193,9 @@ fn measure(tokens: usize, store: &Arc<Store>) -> Row {
     Row { tokens, single: Cost::of(single), grouped: Cost::of(grouped), invented: Cost::of(invented), bytes, known }
 }
 
+/// A line of the plot: its colour, its name, what it shows.
+type Line = (&'static str, &'static str, fn(&Row) -> Cost);
+
 /// Nanoseconds over tokens, these by powers of ten, as SVG 1.1.
 fn plot(rows: &[Row]) -> Result<String, std::fmt::Error> {
     const WIDTH: f64 = 560.0;
@@ -221,7 +224,7 @@ fn plot(rows: &[Row]) -> Result<String, std::fmt::Error> {
     for row in rows {
         writeln!(svg, "<text x=\"{:.1}\" y=\"308\" text-anchor=\"middle\">{}</text>", x(row.tokens), thousands(row.tokens))?;
     }
-    let lines: [(&str, &str, fn(&Row) -> Cost); 3] = [
+    let lines: [Line; 3] = [
         ("#c0392b", "one by one", |row| row.single),
         ("#2471a3", "64 looked up together", |row| row.grouped),
         ("#7f8c8d", "invented", |row| row.invented),

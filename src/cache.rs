@@ -48,6 +48,7 @@ const STANDINGS_MAX: usize = 10_000;
 
 /// What the store says of a digest.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "most of them are grants")]
 pub enum Fact {
     /// A token.
     Grant(Grant),

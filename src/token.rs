@@ -222,6 +222,7 @@ fn base62_wide<const N: usize>(mut number: impl AsMut<[u8]>) -> [u8; N] {
 }
 
 /// The values of base62 digits by their bytes; [`NO_DIGIT`] for all others.
+#[expect(clippy::indexing_slicing, reason = "done by the compiler, which would say so")]
 const VALUES: [u8; 256] = {
     let mut values = [NO_DIGIT; 256];
     let mut value: u8 = 0;

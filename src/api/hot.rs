@@ -176,9 +176,9 @@ impl KnownCaller {
         Some(Self { token_id: grant.token_id(), address, workspace })
     }
 
-    /// As the validator takes it; nothing at all if the id of the workspace is no text, which it is.
-    fn reach(&self) -> Option<Option<&str>> {
-        self.workspace.as_deref().map(std::str::from_utf8).transpose().ok()
+    /// As the validator takes it.
+    fn reach(&self) -> Result<Option<&str>, std::str::Utf8Error> {
+        self.workspace.as_deref().map(std::str::from_utf8).transpose()
     }
 }
 
@@ -216,8 +216,8 @@ impl Api {
             return None;
         }
         let frame = match request.uri().path() {
-            gate::VALIDATE => self.answer_one(rest, caller.reach()?, now),
-            gate::BATCH => self.answer_batch(rest, caller.reach()?, now),
+            gate::VALIDATE => self.answer_one(rest, caller.reach().ok()?, now),
+            gate::BATCH => self.answer_batch(rest, caller.reach().ok()?, now),
             _ => None,
         }?;
         self.validator.count(caller.token_id, caller.address, now);
@@ -236,7 +236,7 @@ impl Api {
     ) -> Option<Vec<u8>> {
         let caller = self.known_caller(headers, peer, credentials, now)?;
         let mut frames = Vec::new();
-        let noted = self.answer_groups(messages.map(Some), caller.reach()?, now, &mut frames, question::put_message)?;
+        let noted = self.answer_groups(messages.map(Some), caller.reach().ok()?, now, &mut frames, question::put_message)?;
         self.note(noted, now);
         Some(frames)
     }

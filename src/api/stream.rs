@@ -174,13 +174,11 @@ impl Asker {
     /// Begins to answer a group: at once if memory knows all of it, or else where the store is.
     fn begin(self: &Arc<Self>, group: Bytes, known: &Credentials) -> Work {
         let gate = &self.gate;
-        match gate.api.answer_messages_at_once(messages(&group), &self.credentials, &self.peer, known, gate.clock.now()) {
-            Some(answers) => Work::Done(answers.into()),
-            None => {
-                let answers = gate.elsewhere(Arc::clone(self).answer(group));
-                Work::Waiting(Box::pin(async { answers.await? }))
-            }
+        if let Some(answers) = gate.api.answer_messages_at_once(messages(&group), &self.credentials, &self.peer, known, gate.clock.now()) {
+            return Work::Done(answers.into());
         }
+        let answers = gate.elsewhere(Arc::clone(self).answer(group));
+        Work::Waiting(Box::pin(async { answers.await? }))
     }
 
     /// Answers a group of messages, if its caller is still good.

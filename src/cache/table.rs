@@ -430,7 +430,7 @@ mod tests {
     #[test]
     fn what_is_used_outlives_what_is_not() {
         let table = Table::new(0);
-        let used = |number: u64| number % 100 == 0;
+        let used = |number: u64| number.is_multiple_of(100);
         for number in 0..300_000 {
             table.insert(&digest(number), STAMP, &value(number, 10));
             for earlier in (0..number).step_by(100).take(if used(number) { 50 } else { 0 }) {

@@ -231,6 +231,7 @@ struct Calls {
 }
 
 /// An answer that is there, or on its way.
+#[expect(clippy::large_enum_variant, reason = "most of them are there")]
 enum Answering {
     AtOnce(Option<hyper::Response<Reply>>),
     Later(Pin<Box<dyn Future<Output = hyper::Response<Reply>> + Send>>),
