@@ -52,6 +52,8 @@ use crate::{
     token::{self, Keyring, Kid},
 };
 
+/// Tokens up to which a database is small.
+const SMALL_ROWS_MAX: u32 = 10_000;
 /// How long work waits for its turn and then for a connection.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long one verb may take. PostgreSQL is told to give up a little earlier, so that it does not go on for nobody.
@@ -331,7 +333,23 @@ impl Store {
     /// `Unavailable` if it does not close cleanly.
     pub async fn close(&self) -> Result<()> {
         self.reader.close_by_ref().await.map_err(translate)?;
+        if let Err(error) = self.refresh_statistics().await {
+            tracing::warn!(%error, "SQLite's statistics could not be refreshed: it may be slower than it could");
+        }
         self.writer.close_by_ref().await.map_err(translate)
+    }
+
+    /// Lets SQLite look how its tables have grown. Not while they are small: it would then read the whole of what they grow into, since it has seen that this costs nothing
+    /// (<https://sqlite.org/lang_analyze.html>). Without statistics it takes every table for a large one.
+    async fn refresh_statistics(&self) -> Result<()> {
+        let many = format!("SELECT 1 FROM token LIMIT 1 OFFSET {SMALL_ROWS_MAX}");
+        let refresh = async {
+            let backend = self.backend();
+            let is_large =
+                backend == DbBackend::Sqlite && self.writer.query_one_raw(Statement::from_string(backend, many)).await?.is_some();
+            if is_large { self.writer.execute_unprepared("PRAGMA optimize").await.map(drop) } else { Ok(()) }
+        };
+        self.writing("optimize", refresh).await
     }
 
     /// Refuses a keyring that is not the one that this store's tokens were made with; notes keys that are new to the store.
@@ -536,7 +554,6 @@ fn sqlite_options(path: &Path, connections: u32, read_only: bool) -> ConnectOpti
                 .synchronous(SqliteSynchronous::Full)
                 .busy_timeout(ACQUIRE_TIMEOUT)
                 .pragma("cache_size", SQLITE_CACHE_KIB)
-                .optimize_on_close(!read_only, None)
         });
     options
 }

@@ -179,6 +179,32 @@ fn a_full_disk_loses_nothing() {
     });
 }
 
+#[test]
+fn a_small_database_is_not_taken_for_one_that_stays_small() {
+    world::run(Backend::Sqlite, statistics_come_with_many_tokens);
+}
+
+/// SQLite would read all of a table that was small when it looked.
+async fn statistics_come_with_many_tokens(mut world: World) {
+    let statistics = "SELECT COUNT(*) FROM sqlite_master WHERE name = 'sqlite_stat1'";
+    world.restart().await;
+    world.stop_server().await;
+    assert_eq!(world.db_number(statistics).await, 0, "of a few tokens");
+    world.start_server().await;
+    let id = world.admin().await.create(world::new_token("one of many", &[])).await.expect("created").token.expect("a token").id;
+    let columns = "workspace, display_name, principal, kind, state, prefix, hint, scopes, audiences, allowed_cidrs, metadata, session_id, created_by, \
+                   create_time, update_time, expire_time, revoke_reason, version, is_root";
+    world
+        .db_execute(&format!(
+            "WITH RECURSIVE number(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < 10000) \
+             INSERT INTO token (id, digest, {columns}) SELECT 'tok_' || printf('%022d', n), randomblob(24), {columns} FROM number, token \
+             WHERE id = '{id}'"
+        ))
+        .await;
+    world.stop_server().await;
+    assert_eq!(world.db_number(statistics).await, 1, "of many");
+}
+
 async fn a_newer_schema_is_left_alone(mut world: World) {
     world.stop_server().await;
     world.db_execute("INSERT INTO seaql_migrations (version, applied_at) VALUES ('9999_from_the_future', 0)").await;
