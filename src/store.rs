@@ -460,6 +460,9 @@ async fn connect_pool(url: &str) -> std::result::Result<DatabaseConnection, Stri
         .connect_timeout(ACQUIRE_TIMEOUT)
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .idle_timeout(None)
+        // With a lifetime sqlx 0.9.0 looks through idle connections now and then, by a count that can have fallen below none: it then looks for ever
+        // (https://github.com/transact-rs/sqlx/issues/3645).
+        .max_lifetime(None)
         .test_before_acquire_if_idle_for(Duration::from_secs(5))
         .statement_timeout(STATEMENT_TIMEOUT)
         .set_application_name("keyward")

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sea_orm::{ConnectOptions, ConnectionTrait as _, Database, DatabaseConnection, QueryResult, Statement};
+use sea_orm::{ConnectionTrait as _, DatabaseConnection, QueryResult, Statement};
 use tempfile::TempDir;
 use tonic::transport::Channel;
 
@@ -38,9 +38,7 @@ impl Site {
 
     /// One connection, past the server.
     pub async fn db(&self) -> DatabaseConnection {
-        let mut options = ConnectOptions::new(&self.database_url);
-        options.max_connections(1).sqlx_logging(false);
-        Database::connect(options).await.expect("the database")
+        world::connect(self.database_url.clone(), 1).await
     }
 
     /// Starts a process. It logs to a file.

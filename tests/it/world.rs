@@ -26,7 +26,7 @@ use keyward::{
     server::Server,
     token::Secret,
 };
-use sea_orm::{ConnectionTrait as _, Database, DatabaseConnection, Statement};
+use sea_orm::{ConnectOptions, ConnectionTrait as _, Database, DatabaseConnection, Statement};
 use tempfile::TempDir;
 use tonic::{Request, Status, transport::Channel};
 
@@ -93,6 +93,13 @@ pub async fn eventually<T>(what: &str, mut probe: impl AsyncFnMut() -> Option<T>
         assert!(begin.elapsed() < Duration::from_secs(30), "{what} did not happen within 30 s");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+}
+
+/// Connects to a database, without what the server's own pools go without as well.
+pub async fn connect(url: String, connections: u32) -> DatabaseConnection {
+    let mut options = ConnectOptions::new(url);
+    options.max_connections(connections).idle_timeout(None).max_lifetime(None).sqlx_logging(false);
+    Database::connect(options).await.expect("the database")
 }
 
 /// A server and all that belongs to it.
@@ -287,7 +294,7 @@ impl World {
             Backend::Sqlite => format!("sqlite://{}/data/keyward.db", self.folder.path().display()),
             Backend::Postgres => self.settings["database_url"].clone(),
         };
-        Database::connect(url).await.expect("the database")
+        connect(url, 10).await
     }
 
     /// Runs statements, past the server.
@@ -543,7 +550,7 @@ impl Postgres {
     /// A new, empty database.
     pub async fn new_database(&self) -> String {
         let name = format!("world_{}", DATABASES.fetch_add(1, Ordering::Relaxed));
-        let admin = Database::connect(self.url("postgres")).await.expect("the server");
+        let admin = connect(self.url("postgres"), 1).await;
         admin.execute_unprepared(&format!("CREATE DATABASE {name}")).await.expect("a database");
         self.url(&name)
     }
