@@ -205,7 +205,8 @@ impl Line {
                 if has_ended {
                     self.streams.remove(&id);
                 }
-                self.tell_room(payload.len());
+                // Only data takes room (RFC 9113, section 5.2.1).
+                self.tell_room(if kind == DATA { payload.len() } else { 0 });
             }
             SETTINGS if flags & ACK == 0 => self.greet(payload),
             PING if flags & ACK == 0 => self.frame(PING, ACK, 0, payload),

@@ -29,6 +29,7 @@ use self::question::Asked;
 use super::{
     Api,
     gate::{self, Peer},
+    validation::BATCH_MAX,
 };
 use crate::{
     ambient::Time,
@@ -272,7 +273,7 @@ impl Api {
     fn answer_batch(&self, message: &[u8], reach: Option<&str>, now: Time) -> Option<Vec<u8>> {
         let mut frame = vec![0; FRAME_HEADER_BYTES];
         let noted = self.answer_groups(question::entries(message), reach, now, &mut frame, question::put_entry)?;
-        if !(1..=super::validation::BATCH_MAX).contains(&noted.verdicts.len()) {
+        if noted.verdicts.is_empty() {
             return None;
         }
         self.note(noted, now);
@@ -296,6 +297,10 @@ impl Api {
             }
             if group.is_empty() {
                 return Some(noted);
+            }
+            // Before all of them have been judged for nothing.
+            if noted.verdicts.len() + group.len() > BATCH_MAX {
+                return None;
             }
             let digests: SmallVec<[Option<Digest>; GROUP]> = group.iter().map(|asked| self.validator.prove(asked.token())).collect();
             self.validator.bring_near(digests.iter().copied().flatten());
