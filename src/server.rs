@@ -188,6 +188,7 @@ impl Server {
         set_health(&self.health, ServingStatus::NotServing).await;
         self.phase.send_replace(Phase::Draining);
         self.port.drained(&self.phase).await;
+        self.port.quiet().await;
         if let Some(metrics) = &self.metrics_task {
             metrics.abort();
         }
@@ -207,7 +208,7 @@ impl Server {
                 Ok(())
             }
             _ => Err(format!(
-                "the database did not take everything in time; the uses of {} tokens are not written",
+                "the database did not take everything in time; the uses of up to {} tokens are not written",
                 self.rooms.usage.backlog()
             )),
         }

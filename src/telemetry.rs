@@ -139,6 +139,7 @@ pub struct Metrics {
     cache_hits: Counter,
     cache_misses: Counter,
     cached: Gauge,
+    cached_bytes: Gauge,
     flights: Gauge,
     usage_backlog: Gauge,
 }
@@ -163,6 +164,7 @@ impl Metrics {
             cache_hits: Counter::default(),
             cache_misses: Counter::default(),
             cached: Gauge::default(),
+            cached_bytes: Gauge::default(),
             flights: Gauge::default(),
             usage_backlog: Gauge::default(),
             registry: Registry::default(),
@@ -188,8 +190,17 @@ impl Metrics {
         registry.register("cache_hits", "Tokens judged by what memory knew", metrics.cache_hits.clone());
         registry.register("cache_misses", "Tokens for which the database was asked", metrics.cache_misses.clone());
         registry.register("cache_tokens", "Tokens in memory", metrics.cached.clone());
+        registry.register(
+            "cache_bytes",
+            "Bytes of memory that they have taken, at most those of the setting",
+            metrics.cached_bytes.clone(),
+        );
         registry.register("flights", "Look-ups in the database under way", metrics.flights.clone());
-        registry.register("usage_backlog_tokens", "Tokens whose uses are not written yet", metrics.usage_backlog.clone());
+        registry.register(
+            "usage_backlog_tokens",
+            "Upper bound of the tokens whose uses are not written yet",
+            metrics.usage_backlog.clone(),
+        );
         Self { registry, ..metrics }
     }
 
@@ -236,6 +247,7 @@ impl Metrics {
         self.cache_hits.inner().store(stats.hits, Relaxed);
         self.cache_misses.inner().store(stats.misses, Relaxed);
         self.cached.set(count(stats.cached));
+        self.cached_bytes.set(count(stats.cached_bytes));
         self.flights.set(count(stats.flights));
         self.usage_backlog.set(count(usage_backlog));
         for (kind, rows) in [("token", removed.tokens), ("workspace", removed.workspaces), ("audit_event", removed.audit_events)] {

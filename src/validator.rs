@@ -109,6 +109,8 @@ pub struct Stats {
     pub flights: usize,
     /// Tokens in the cache.
     pub cached: usize,
+    /// Bytes that it has taken.
+    pub cached_bytes: usize,
 }
 
 /// Judges tokens.
@@ -148,6 +150,7 @@ impl Validator {
             misses: self.misses.sum(),
             flights: FLIGHTS_MAX - self.permits.available_permits(),
             cached: self.cache.len(),
+            cached_bytes: self.cache.bytes(),
         }
     }
 

@@ -175,7 +175,7 @@ pub const METHODS: [Method; 45] = [
 ];
 
 /// Counts a call as long as it is under way.
-pub(super) struct Active(Arc<AtomicUsize>);
+pub struct Active(Arc<AtomicUsize>);
 
 impl Active {
     fn new(count: &Arc<AtomicUsize>) -> Self {
@@ -341,6 +341,9 @@ impl Gate {
         let response = self.api.answer_at_once(request, peer, credentials, method.request_bytes_max, self.clock.now())?;
         self.api.metrics.request(place, 0, watch.elapsed());
         tracing::debug!(method = method.path, code = "OK", micros = watch.elapsed().as_micros(), peer = %peer.address.ip(), "call");
+        if response.body().is_large() {
+            return Some(response.map(|reply| reply.under_way(self.begin())));
+        }
         Some(response)
     }
 

@@ -28,7 +28,7 @@ use tonic::{Status, body::Body};
 use self::question::Asked;
 use super::{
     Api,
-    gate::{self, Peer},
+    gate::{self, Active, Peer},
     validation::BATCH_MAX,
 };
 use crate::{
@@ -48,8 +48,8 @@ const GROUP: usize = 64;
 
 /// An answer, from here or from the generated services.
 pub enum Reply {
-    /// From here: a message and the status OK.
-    Plain(Option<Bytes>, Option<HeaderMap>),
+    /// From here: a message and the status OK. A message that the client may take some time for is under way until then.
+    Plain(Option<Bytes>, Option<HeaderMap>, Option<Active>),
     /// From there.
     Generated(Body),
 }
@@ -60,7 +60,7 @@ impl http_body::Body for Reply {
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         match &mut *self {
-            Self::Plain(message, trailers) => {
+            Self::Plain(message, trailers, _) => {
                 Poll::Ready(message.take().map(Frame::data).or_else(|| trailers.take().map(Frame::trailers)).map(Ok))
             }
             Self::Generated(body) => Pin::new(body).poll_frame(context),
@@ -69,7 +69,7 @@ impl http_body::Body for Reply {
 
     fn is_end_stream(&self) -> bool {
         match self {
-            Self::Plain(message, trailers) => message.is_none() && trailers.is_none(),
+            Self::Plain(message, trailers, _) => message.is_none() && trailers.is_none(),
             Self::Generated(body) => body.is_end_stream(),
         }
     }
@@ -78,6 +78,24 @@ impl http_body::Body for Reply {
         match self {
             Self::Plain(..) => http_body::SizeHint::default(),
             Self::Generated(body) => body.size_hint(),
+        }
+    }
+}
+
+impl Reply {
+    /// Answers of this size, in bytes, fit into what every client takes at once.
+    const SMALL_BYTES_MAX: usize = 32 * 1024;
+
+    /// Whether the client may take some time for it.
+    pub(super) fn is_large(&self) -> bool {
+        matches!(self, Self::Plain(Some(message), ..) if message.len() > Self::SMALL_BYTES_MAX)
+    }
+
+    /// Is under way until it is sent.
+    pub(super) fn under_way(self, active: Active) -> Self {
+        match self {
+            Self::Plain(message, trailers, _) => Self::Plain(message, trailers, Some(active)),
+            generated @ Self::Generated(_) => generated,
         }
     }
 }
@@ -338,7 +356,7 @@ fn finished(mut frame: Vec<u8>) -> Option<Vec<u8>> {
 fn plain(frame: Vec<u8>) -> Response<Reply> {
     let mut trailers = HeaderMap::with_capacity(1);
     trailers.insert(Status::GRPC_STATUS, HeaderValue::from_static("0"));
-    let mut response = Response::new(Reply::Plain(Some(frame.into()), Some(trailers)));
+    let mut response = Response::new(Reply::Plain(Some(frame.into()), Some(trailers), None));
     response.headers_mut().insert(CONTENT_TYPE, GRPC);
     response
 }

@@ -33,7 +33,7 @@ const BYTES_MIN: usize = 4 << 20;
 const SEGMENT_WORDS: usize = 8_192;
 /// Room for what is inserted, for what is appended once more, and for what is left over at the end of a segment.
 const SEGMENTS_MIN: usize = 4;
-/// Words that one insertion appends once more at most.
+/// Words that one insertion appends once more, if it is not a single record.
 const KEPT_WORDS_MAX: usize = 1_024;
 /// Lengths, generation, marks, digest.
 const HEADER_WORDS: usize = 6;
@@ -88,7 +88,7 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// One that takes about this many bytes when it is full, at least 4 MiB. It takes them as it fills.
+    /// One that takes about this many bytes when it is full, at least 4 MiB: a twelfth for its index at once, the others as it fills.
     pub(super) fn new(bytes_max: usize) -> Self {
         Self { shards: std::iter::repeat_with(|| Shard::new(bytes_max.max(BYTES_MIN) / SHARDS)).take(SHARDS).collect() }
     }
@@ -315,6 +315,8 @@ impl Shard {
             let tail = self.tail.load(Ordering::Relaxed);
             // Twice, since as much may be left over at the end of a segment.
             if head - tail + 2 * (words + kept_words) as u64 <= self.capacity() {
+                // Nothing is overwritten before readers can see that it may be, whoever moved the tail.
+                fence(Ordering::Release);
                 return kept;
             }
             let first = self.words(tail).and_then(<[_]>::first).map_or(FILLER, |word| word.load(Ordering::Relaxed));
@@ -322,7 +324,8 @@ impl Shard {
                 && let Some((key, record)) = self.record_at(tail)
                 && let Some(slot) = self.slot_of(key).filter(|slot| slot.load(Ordering::Relaxed) & POSITION == tail)
             {
-                if slot.load(Ordering::Relaxed) & USED != 0 && kept_words + record.len() <= KEPT_WORDS_MAX {
+                // However large the first of them is.
+                if slot.load(Ordering::Relaxed) & USED != 0 && (kept_words == 0 || kept_words + record.len() <= KEPT_WORDS_MAX) {
                     kept_words += record.len();
                     kept.push((key, record.iter().map(|word| word.load(Ordering::Relaxed)).collect()));
                 }
@@ -330,8 +333,6 @@ impl Shard {
                 self.records.fetch_sub(1, Ordering::Relaxed);
             }
             self.tail.store(tail + (first & LENGTH).max(1), Ordering::Relaxed);
-            // Nothing is overwritten before readers can see that it may be.
-            fence(Ordering::Release);
         }
     }
 

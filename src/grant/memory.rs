@@ -5,7 +5,7 @@
 //! the wire: its fields from `token_id` to `expire_time`, with all names, scopes and audiences. Numbers are little-endian.
 //!
 //! Invariant: what is read out is what was put in (test `facts_survive_memory`).
-//! Invariant: bytes that are missing read as a token that has ended (test `nothing_reads_as_a_good_token`).
+//! Invariant: where the part of fixed length is cut, a token is read that has ended (test `nothing_reads_as_a_good_token`).
 
 use std::{fmt, net::IpAddr};
 

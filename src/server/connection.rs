@@ -129,6 +129,19 @@ impl Port {
         }
     }
 
+    /// Waits until calls that were cut have ended on the threads that served them, so that what they counted is counted. It takes no longer than a step of theirs.
+    pub(super) async fn quiet(&self) {
+        const STEP_TIMEOUT: Duration = Duration::from_millis(500);
+        let quiet = async {
+            while !self.gate.is_idle() {
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        if timeout(STEP_TIMEOUT, quiet).await.is_err() {
+            tracing::warn!("a call that was cut has not ended");
+        }
+    }
+
     /// Returns when no call is under way: what is still open then (a watch of health, a silent client) has nothing left to finish.
     async fn idle(&self) {
         let mut quiet = 0;

@@ -329,6 +329,7 @@ async fn verdicts_and_codes_are_counted(world: World) {
     for name in [
         "keyward_request_seconds_bucket",
         "keyward_cache_tokens",
+        "keyward_cache_bytes",
         "keyward_cache_hits_total",
         "keyward_cache_misses_total",
         "keyward_store_seconds_sum",
