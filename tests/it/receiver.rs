@@ -229,6 +229,8 @@ impl Receiver {
         if let Some(task) = self.task.take() {
             task.abort();
             let _ = task.await;
+            // What was open ends on its own threads.
+            self.until("no connections", Duration::from_secs(10), |state| state.open == 0).await;
         }
     }
 
