@@ -1,4 +1,4 @@
-//! What time is it, give me random bytes, and which thread is this: the only reader of clocks and of the operating system's randomness.
+//! What time is it, give me random bytes, which thread and which host is this: the only reader of clocks and of the operating system's randomness.
 //!
 //! Invariant: no other room reads a clock or draws randomness (`clippy.toml` bans the calls; test `owners_are_alone`).
 
@@ -10,10 +10,11 @@ use std::{
         Arc,
         atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering},
     },
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
 use rand::{TryRng, rngs::SysRng};
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::error::{Error, Result};
 
@@ -127,22 +128,88 @@ impl Clock {
     }
 }
 
-/// How long something takes; not affected by the clock being set.
-#[derive(Clone, Copy, Debug)]
-pub struct Stopwatch(Instant);
+/// Counts on while the machine sleeps, so that a lease does not outlive it.
+#[cfg(target_os = "linux")]
+const BOOT_TIME: ClockId = ClockId::Boottime;
+/// Elsewhere there is none, or this one counts on as well.
+#[cfg(not(target_os = "linux"))]
+const BOOT_TIME: ClockId = ClockId::Monotonic;
+
+/// Nanoseconds since the machine was started.
+fn boot_time() -> u64 {
+    let time = clock_gettime(BOOT_TIME);
+    let (seconds, nanos) = (u64::try_from(time.tv_sec).unwrap_or(0), u64::try_from(time.tv_nsec).unwrap_or(0));
+    seconds.saturating_mul(1_000_000_000).saturating_add(nanos)
+}
+
+fn nanos(span: Duration) -> u64 {
+    u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// How long something takes; not affected by the clock being set, and going on while the machine sleeps.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Stopwatch(u64);
 
 impl Stopwatch {
     /// Starts one.
     #[must_use]
     pub fn start() -> Self {
-        Self(Instant::now())
+        Self(boot_time())
     }
 
     /// The time since the start.
     #[must_use]
     pub fn elapsed(self) -> Duration {
-        self.0.elapsed()
+        Duration::from_nanos(boot_time().saturating_sub(self.0))
     }
+
+    /// The time from the start of this one to the start of a later one.
+    #[must_use]
+    pub fn until(self, later: Self) -> Duration {
+        Duration::from_nanos(later.0.saturating_sub(self.0))
+    }
+}
+
+/// Whether something still holds: until an instant that one thread moves and all may look at.
+#[derive(Debug, Default)]
+pub struct Expiry(AtomicU64);
+
+impl Expiry {
+    const NEVER: u64 = u64::MAX;
+
+    /// Holds until so long after the start of a stopwatch.
+    pub fn set(&self, start: Stopwatch, span: Duration) {
+        self.0.store(start.0.saturating_add(nanos(span)).min(Self::NEVER - 1), Ordering::SeqCst);
+    }
+
+    /// Holds for ever.
+    pub fn set_never(&self) {
+        self.0.store(Self::NEVER, Ordering::SeqCst);
+    }
+
+    /// Does not hold any more.
+    pub fn expire(&self) {
+        self.0.store(0, Ordering::SeqCst);
+    }
+
+    /// Whether it holds now.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        let end = self.0.load(Ordering::SeqCst);
+        end == Self::NEVER || boot_time() < end
+    }
+
+    /// How much longer it holds.
+    #[must_use]
+    pub fn remaining(&self) -> Duration {
+        Duration::from_nanos(self.0.load(Ordering::SeqCst).saturating_sub(boot_time()))
+    }
+}
+
+/// What this host calls itself.
+#[must_use]
+pub fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
 /// Random bytes from the operating system.

@@ -18,21 +18,22 @@ mod tokens;
 mod validation;
 mod workspaces;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tonic::{Request, Status, service::Routes};
 use tonic_health::{pb::health_server::HealthServer, server::HealthService};
 
 use crate::{
-    ambient::Time,
+    ambient::{Stopwatch, Time},
     audit::Audit,
     caller::Caller,
     directory::Directory,
     error::Error,
+    fence::{Changed, Fence, Propagation},
     issuer::Issuer,
     notices::Notices,
     proto::{
-        DESCRIPTORS, audit_service_server::AuditServiceServer, notice_service_server::NoticeServiceServer,
+        self, DESCRIPTORS, audit_service_server::AuditServiceServer, notice_service_server::NoticeServiceServer,
         principal_service_server::PrincipalServiceServer, self_service_server::SelfServiceServer, token_service_server::TokenServiceServer,
         validation_service_server::ValidationServiceServer, workspace_service_server::WorkspaceServiceServer,
     },
@@ -64,6 +65,8 @@ pub struct Api {
     pub audit: Arc<Audit>,
     /// What is told of tokens.
     pub notices: Arc<Notices>,
+    /// Where changes take effect.
+    pub fence: Arc<Fence>,
     /// Where verdicts are counted.
     pub metrics: Arc<Metrics>,
 }
@@ -73,6 +76,8 @@ pub struct Api {
 struct Call {
     caller: Caller,
     now: Time,
+    /// When the call began, and how long its caller waits from then on.
+    deadline: (Stopwatch, Duration),
 }
 
 /// Takes a call apart.
@@ -82,7 +87,23 @@ fn call<T>(mut request: Request<T>) -> Result<(Call, T), Status> {
     Ok((call, request.into_inner()))
 }
 
+/// What is left of a deadline for the answer itself.
+const ANSWER_TIME: Duration = Duration::from_millis(200);
+
 impl Api {
+    /// Waits until a change is in force everywhere, as long as its caller waits, and answers how far it has got.
+    async fn in_force<T>(&self, changed: Changed<T>, (begun, deadline): (Stopwatch, Duration)) -> (T, Option<proto::Propagation>) {
+        let left = deadline.saturating_sub(begun.elapsed());
+        let patience = left.saturating_sub(ANSWER_TIME.min(left / 4));
+        let watch = Stopwatch::start();
+        let is_waited_for = changed.change.is_some();
+        let propagation = self.fence.propagate(changed.change, patience).await;
+        if is_waited_for {
+            self.metrics.barrier(watch.elapsed(), propagation == Propagation::Complete);
+        }
+        (changed.value, Some(convert::propagation(propagation)))
+    }
+
     /// All services: ours, health, and reflection for new and old clients.
     ///
     /// # Errors

@@ -7,6 +7,7 @@
 //!
 //! Invariant: what was read before a change is never found after the change was announced (tests `a_slow_read_is_not_admitted`,
 //! `a_change_of_a_workspace_reaches_all_that_hangs_on_it`).
+//! Invariant: without a lease nothing is found and nothing taken up (test `nothing_is_told_or_taken_up_without_a_lease`).
 //! Invariant: a hit takes no lock and writes nothing that another reader of the same token writes again; entries age from their write, never from
 //! their last use.
 
@@ -26,7 +27,7 @@ use parking_lot::Mutex;
 use quick_cache::{Weighter, sync};
 
 use crate::{
-    ambient::Stopwatch,
+    ambient::{Expiry, Stopwatch},
     grant::{Grant, Subject},
     scope::Routes,
     token::Digest,
@@ -34,10 +35,8 @@ use crate::{
 
 use table::{Place, Stamp, Table};
 
-/// A read of the store that took longer is used by its caller only, and by nobody who joined it.
-const READ_AGE_MAX: Duration = Duration::from_secs(10);
-/// Longer than any read that could still be admitted.
-const TOMBSTONE_AGE_MAX: Duration = Duration::from_secs(20);
+/// How long a tombstone is kept, in leases: longer than any read that could still be admitted.
+const TOMBSTONE_LEASES: u32 = 2;
 const SHARDS: usize = 64;
 /// Principals and workspaces share this many marks. Two that share one are out of date together, which costs a read and nothing else.
 const MARKS: usize = 1 << 16;
@@ -193,13 +192,19 @@ pub struct Cache {
     generation: AtomicU64,
     /// What was read before this generation is not admitted.
     floor: AtomicU64,
+    /// Until when what is known may be told.
+    served: Expiry,
+    lease: Duration,
 }
 
 impl Cache {
-    /// Room for facts of about this many bytes, all in; at least 4 MiB.
+    /// Room for facts of about this many bytes, all in; at least 4 MiB. Nothing is found and nothing admitted until [`Cache::serve`] or
+    /// [`Cache::serve_for_ever`] says so. A read of the store that took as long as `lease` is used by its caller only, and by nobody who joined it.
     #[must_use]
-    pub fn new(bytes_max: usize) -> Self {
+    pub fn new(bytes_max: usize, lease: Duration) -> Self {
         Self {
+            served: Expiry::default(),
+            lease,
             facts: Table::new(bytes_max),
             routes: sync::Cache::with_weighter(1024, ROUTES_BYTES_MAX, BytesWeighter),
             standings: sync::Cache::new(STANDINGS_MAX),
@@ -209,6 +214,33 @@ impl Cache {
             generation: AtomicU64::new(0),
             floor: AtomicU64::new(0),
         }
+    }
+
+    /// What is known may be told until a lease after this instant, which lies before the store was asked what has changed.
+    pub fn serve(&self, since: Stopwatch) {
+        self.served.set(since, self.lease);
+    }
+
+    /// What is known may be told until it is known to be out of date: nobody else changes the store.
+    pub fn serve_for_ever(&self) {
+        self.served.set_never();
+    }
+
+    /// What is known is not told any more.
+    pub fn stop_serving(&self) {
+        self.served.expire();
+    }
+
+    /// Whether what is known may be told now.
+    #[must_use]
+    pub fn is_serving(&self) -> bool {
+        self.served.holds()
+    }
+
+    /// For how much longer.
+    #[must_use]
+    pub fn serves_for(&self) -> Duration {
+        self.served.remaining()
     }
 
     /// What is known of a digest.
@@ -252,7 +284,7 @@ impl Cache {
     }
 
     fn is_current(&self, Marks(marks): Marks, generation: u64) -> bool {
-        marks.into_iter().all(|index| self.marks.get(usize::from(index)).is_some_and(|mark| mark.is_before(generation)))
+        self.served.holds() && marks.into_iter().all(|index| self.marks.get(usize::from(index)).is_some_and(|mark| mark.is_before(generation)))
     }
 
     /// How many digests are known.
@@ -287,7 +319,7 @@ impl Cache {
         let late = |tombstone: &Tombstone| tombstone.embargoes > 0 || tombstone.generation > ticket.generation;
         let buried = tombstones.get(&digest).is_some_and(late);
         let cleared = ticket.generation < self.floor.load(Ordering::SeqCst);
-        if buried || cleared || ticket.since.elapsed() >= READ_AGE_MAX || !self.is_current(marks, ticket.generation) {
+        if buried || cleared || ticket.since.elapsed() >= self.lease || !self.is_current(marks, ticket.generation) {
             return false;
         }
         // Under the lock, so that no change is announced between the look at its tombstone and the insertion.
@@ -323,7 +355,7 @@ impl Cache {
         W: Weighter<K, Entry<V>> + Clone,
     {
         let (marks, generation) = (entry.marks, entry.generation);
-        let late = ticket.generation < self.floor.load(Ordering::SeqCst) || ticket.since.elapsed() >= READ_AGE_MAX;
+        let late = ticket.generation < self.floor.load(Ordering::SeqCst) || ticket.since.elapsed() >= self.lease;
         if late || !self.is_current(marks, generation) {
             return false;
         }
@@ -390,7 +422,7 @@ impl Cache {
     /// Forgets tombstones that no read can be older than. For memory only.
     pub fn prune(&self) {
         for shard in &self.tombstones {
-            shard.lock().retain(|_, tombstone| tombstone.embargoes > 0 || tombstone.since.elapsed() < TOMBSTONE_AGE_MAX);
+            shard.lock().retain(|_, tombstone| tombstone.embargoes > 0 || tombstone.since.elapsed() < TOMBSTONE_LEASES * self.lease);
         }
     }
 
@@ -406,6 +438,12 @@ mod tests {
     use super::*;
     use crate::grant::Facts;
 
+    fn serving() -> Cache {
+        let cache = Cache::new(0, Duration::from_secs(10));
+        cache.serve_for_ever();
+        cache
+    }
+
     fn digest(byte: u8) -> Digest {
         Digest::from_slice(&[byte; 24]).expect("24 bytes")
     }
@@ -420,7 +458,7 @@ mod tests {
 
     #[test]
     fn a_change_of_a_workspace_reaches_all_that_hangs_on_it() {
-        let cache = Cache::new(0);
+        let cache = serving();
         let (ours, theirs): (Arc<str>, Arc<str>) = ("ours".into(), "theirs".into());
         let known = || [digest(1), digest(2), digest(3)].map(|digest| cache.get(&digest).is_some());
         let fill = || {
@@ -455,7 +493,7 @@ mod tests {
 
     #[test]
     fn a_slow_read_is_not_admitted() {
-        let cache = Cache::new(0);
+        let cache = serving();
         let before = cache.ticket();
         cache.bury(&token(1));
         assert!(!cache.admit(digest(1), &Fact::Absent, before), "the read began before the change was announced");
@@ -467,7 +505,7 @@ mod tests {
 
     #[test]
     fn an_embargo_lasts_until_the_change_is_certain() {
-        let cache = Cache::new(0);
+        let cache = serving();
         cache.embargo(&token(1));
         cache.embargo(&token(1));
         cache.prune();
@@ -483,7 +521,7 @@ mod tests {
 
     #[test]
     fn clearing_forgets_what_is_known_and_what_is_on_its_way() {
-        let cache = Cache::new(0);
+        let cache = serving();
         let before = cache.ticket();
         assert!(cache.admit(digest(1), &Fact::Absent, before));
         cache.clear();
@@ -492,8 +530,27 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_told_or_taken_up_without_a_lease() {
+        let cache = Cache::new(0, Duration::from_millis(300));
+        assert!(!cache.is_serving() && !cache.admit(digest(1), &Fact::Absent, cache.ticket()), "before the first one");
+        let since = Stopwatch::start();
+        cache.serve(since);
+        assert!(cache.admit(digest(1), &Fact::Absent, cache.ticket()) && cache.get(&digest(1)).is_some());
+        let slow = cache.ticket();
+        while slow.since.elapsed() < Duration::from_millis(300) {
+            std::thread::yield_now();
+        }
+        assert!(cache.get(&digest(1)).is_none() && !cache.admit(digest(2), &Fact::Absent, cache.ticket()), "it has ended");
+        cache.serve(Stopwatch::start());
+        assert!(cache.get(&digest(1)).is_some(), "what was known is known again");
+        assert!(!cache.admit(digest(2), &Fact::Absent, slow), "a read that took a lease");
+        cache.stop_serving();
+        assert!(cache.get(&digest(1)).is_none() && !cache.is_serving());
+    }
+
+    #[test]
     fn a_change_removes_what_was_known() {
-        let cache = Cache::new(0);
+        let cache = serving();
         assert!(cache.admit(digest(1), &Fact::Absent, cache.ticket()));
         cache.bury(&token(1));
         assert!(cache.get(&digest(1)).is_none());
@@ -501,7 +558,7 @@ mod tests {
 
     #[test]
     fn young_tombstones_survive_pruning() {
-        let cache = Cache::new(0);
+        let cache = serving();
         let before = cache.ticket();
         cache.bury(&token(1));
         cache.prune();
@@ -511,7 +568,7 @@ mod tests {
     /// Readers and changers at once: a version that was announced is never undercut by what a reader finds.
     #[test]
     fn no_interleaving_brings_an_old_fact_back() {
-        let cache = Cache::new(0);
+        let cache = serving();
         let store = AtomicU64::new(0);
         let announced = AtomicU64::new(0);
         let grant = |version: u64| Fact::Grant(Grant::of(&Facts::example(&version.to_string())));

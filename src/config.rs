@@ -16,6 +16,7 @@ use std::{
 use ipnet::IpNet;
 
 use crate::{
+    ambient,
     notices::{self, SmtpUrl},
     rules,
     scope::Scope,
@@ -51,7 +52,7 @@ const fn setting(name: &'static str, value: &'static str, default: &'static str,
 }
 
 /// All of them.
-pub const SETTINGS: [Setting; 23] = [
+pub const SETTINGS: [Setting; 27] = [
     setting("listen", "ADDRESS:PORT", "127.0.0.1:50051", "Where gRPC is served"),
     setting("metrics_listen", "ADDRESS:PORT|off", "127.0.0.1:9464", "Where Prometheus reads metrics, at /metrics"),
     setting("data_dir", "FOLDER", "keyward-data", "Where the embedded database and the keyring are kept"),
@@ -59,7 +60,26 @@ pub const SETTINGS: [Setting; 23] = [
         secret: true,
         ..setting("database_url", "URL", "sqlite://<data_dir>/keyward.db", "sqlite://FILE or postgres://USER:PASSWORD@HOST:PORT/DATABASE")
     },
-    setting("keyring_file", "FILE", "<data_dir>/keyring", "The keys that tokens are made with"),
+    setting(
+        "database_transaction_pooling",
+        "true|false",
+        "false",
+        "The PostgreSQL URL leads to a pooler that gives each transaction a connection of its own, such as PgBouncer in transaction mode",
+    ),
+    setting(
+        "lease",
+        "SPAN",
+        "10s",
+        "How long a server answers from memory after it has last asked PostgreSQL what changed, and how long a server that hangs can delay a change (1s to 60s)",
+    ),
+    setting(
+        "fence_mode",
+        "lease|acked_only",
+        "lease",
+        "Whether changes stop waiting for this server once it was silent for longer than its lease, or wait until it is released by hand (keyward replica release)",
+    ),
+    setting("replica_name", "TEXT", "<host name>", "What keyward replica list calls this server"),
+    setting("keyring_file", "FILE", "<data_dir>/keyring", "The keys that tokens are made with; all servers of a database have the same"),
     setting("migrate_on_start", "true|false", "true", "Bring the database's schema up to date when the server starts"),
     setting("root_token_file", "FILE", "", "On the first start, also write the root token to this file (mode 0600)"),
     setting("tls_cert", "FILE", "", "Certificate chain (PEM); read again when it changes and on SIGHUP"),
@@ -152,6 +172,9 @@ pub struct Config {
     pub metrics_listen: Option<SocketAddr>,
     pub data_dir: PathBuf,
     pub database_url: DatabaseUrl,
+    pub lease: Duration,
+    pub is_acked_only: bool,
+    pub replica_name: String,
     pub keyring_file: PathBuf,
     pub migrate_on_start: bool,
     pub root_token_file: Option<PathBuf>,
@@ -301,7 +324,10 @@ impl Reader {
                 "off" => Ok(None),
                 text => address(text).map(Some),
             }),
-            database_url: self.take("database_url", DatabaseUrl::Sqlite(data_dir.join("keyward.db")), str::parse),
+            database_url: self.database_url(&data_dir),
+            lease: self.take("lease", Duration::from_secs(10), |text| span(text, 60)),
+            is_acked_only: self.take("fence_mode", false, |text| one_of(text, &["lease", "acked_only"]).map(|mode| mode == "acked_only")),
+            replica_name: self.take("replica_name", ambient::host_name(), replica_name),
             keyring_file: self.path("keyring_file").unwrap_or_else(|| data_dir.join("keyring")),
             migrate_on_start: self.take("migrate_on_start", true, truth),
             root_token_file: self.path("root_token_file"),
@@ -331,6 +357,17 @@ impl Reader {
             ));
         }
         if self.mistakes.is_empty() { Ok(config) } else { Err(self.mistakes) }
+    }
+
+    fn database_url(&mut self, data_dir: &Path) -> DatabaseUrl {
+        let url: DatabaseUrl = self.take("database_url", DatabaseUrl::Sqlite(data_dir.join("keyward.db")), str::parse);
+        if !self.take("database_transaction_pooling", false, truth) {
+            return url;
+        }
+        if matches!(url, DatabaseUrl::Sqlite(_)) {
+            self.mistakes.push("database_transaction_pooling goes with a database_url of PostgreSQL: the embedded database has no pooler".to_owned());
+        }
+        url.pooled()
     }
 
     fn smtp(&mut self) -> Option<(SmtpUrl, String)> {
@@ -381,12 +418,23 @@ fn retention(text: &str, max: u64) -> Result<Duration, String> {
 }
 
 fn interval(text: &str) -> Result<Duration, String> {
+    span(text, 3_600)
+}
+
+/// From one second to so many.
+fn span(text: &str, seconds_max: u64) -> Result<Duration, String> {
     let seconds = [("s", 1), ("m", 60), ("h", 3_600)].into_iter().find_map(|(unit, seconds)| {
         let count: u64 = text.strip_suffix(unit)?.parse().ok()?;
         count.checked_mul(seconds)
     });
-    let seconds = seconds.filter(|seconds| (1..=3_600).contains(seconds));
-    seconds.map(Duration::from_secs).ok_or_else(|| "must be a span from 1s to 1h, such as 30s or 5m".to_owned())
+    let seconds = seconds.filter(|seconds| (1..=seconds_max).contains(seconds));
+    let longest = if seconds_max < 3_600 { format!("{seconds_max}s, such as 5s or 30s") } else { "1h, such as 30s or 5m".to_owned() };
+    seconds.map(Duration::from_secs).ok_or_else(|| format!("must be a span from 1s to {longest}"))
+}
+
+fn replica_name(text: &str) -> Result<String, String> {
+    let is_good = (1..=100).contains(&text.chars().count()) && !text.chars().any(char::is_control);
+    if is_good { Ok(text.to_owned()) } else { Err("must be 1 to 100 characters without control characters".to_owned()) }
 }
 
 fn cidrs(text: &str) -> Result<Vec<IpNet>, String> {

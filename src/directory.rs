@@ -15,7 +15,7 @@ use crate::{
     ambient::Time,
     caller::Caller,
     error::{Error, Result, Violations},
-    fence::{Fence, RootWatch},
+    fence::{Changed, Fence, RootWatch},
     grant::Subject,
     notice::{Event, Wishes},
     rules,
@@ -220,7 +220,8 @@ impl Directory {
             if self.store.brief(workspace).await?.is_some() && self.store.principal(workspace, principal).await?.is_none() {
                 let mut tx = self.store.begin_change().await?;
                 make_principal(&mut tx, workspace, principal, now).await?;
-                self.fence.conclude(tx, now).await?;
+                // Nobody waits for it here: the other servers hear of it.
+                let _change = self.fence.conclude(tx, now).await?;
             }
         }
         Ok(())
@@ -230,7 +231,7 @@ impl Directory {
     ///
     /// # Errors
     /// `Invalid`, `Exists` (the id or the prefix is taken), `Unavailable`, `Overloaded`.
-    pub async fn create_workspace(self: &Arc<Self>, caller: Caller, id: &str, patch: WorkspacePatch, now: Time) -> Result<Workspace> {
+    pub async fn create_workspace(self: &Arc<Self>, caller: Caller, id: &str, patch: WorkspacePatch, now: Time) -> Result<Changed<Workspace>> {
         let mut violations = Violations::default();
         let id = violations.take("workspace.id", rules::workspace_id(id));
         let patch = WorkspacePatch {
@@ -266,8 +267,7 @@ impl Directory {
                 for waiting in directory.certificates.iter().filter(|certificate| certificate.workspace == workspace.id) {
                     make_principal(&mut tx, &workspace.id, &waiting.principal, now).await?;
                 }
-                directory.fence.conclude(tx, now).await?;
-                Ok(workspace)
+                Ok(directory.fence.conclude(tx, now).await?.of(workspace))
             })
             .await
     }
@@ -304,7 +304,7 @@ impl Directory {
         target: WorkspaceTarget,
         patch: WorkspacePatch,
         now: Time,
-    ) -> Result<Workspace> {
+    ) -> Result<Changed<Workspace>> {
         let id = caller.workspace(&target.id)?.to_owned();
         if patch.prefix.is_some() && !caller.is_root() {
             return Err(Error::Denied("only keyward:root changes the prefix of a workspace".to_owned()));
@@ -333,7 +333,7 @@ impl Directory {
         target: WorkspaceTarget,
         reason: &str,
         now: Time,
-    ) -> Result<Workspace> {
+    ) -> Result<Changed<Workspace>> {
         let reason = not_own(&caller, &target, reason)?;
         let change = |workspace: &mut Workspace| {
             workspace.suspended = true;
@@ -346,7 +346,7 @@ impl Directory {
     ///
     /// # Errors
     /// `Invalid`, `NotFound`, `Conflict`, `Unavailable`, `Overloaded`.
-    pub async fn resume_workspace(self: &Arc<Self>, caller: Caller, target: WorkspaceTarget, now: Time) -> Result<Workspace> {
+    pub async fn resume_workspace(self: &Arc<Self>, caller: Caller, target: WorkspaceTarget, now: Time) -> Result<Changed<Workspace>> {
         required_id(&target)?;
         let change = |workspace: &mut Workspace| {
             workspace.suspended = false;
@@ -359,7 +359,7 @@ impl Directory {
     ///
     /// # Errors
     /// As [`Directory::suspend_workspace`].
-    pub async fn delete_workspace(self: &Arc<Self>, caller: Caller, target: WorkspaceTarget, reason: &str, now: Time) -> Result<()> {
+    pub async fn delete_workspace(self: &Arc<Self>, caller: Caller, target: WorkspaceTarget, reason: &str, now: Time) -> Result<Changed<()>> {
         let reason = not_own(&caller, &target, reason)?;
         let id = caller.workspace(&target.id)?.to_owned();
         let directory = Arc::clone(self);
@@ -368,7 +368,9 @@ impl Directory {
                 let mut tx = directory.store.begin_change_by(&caller, now).await?;
                 let Some(workspace) = tx.workspace(&id).await? else {
                     // A call before may have deleted it and failed: what is known of it ends now at the latest.
-                    directory.fence.bury(&[Subject::Workspace(id)]);
+                    let before = directory.fence.repeat(&tx, &[Subject::Workspace(id)]);
+                    drop(tx);
+                    directory.fence.await_everywhere(before).await;
                     return Err(Error::NotFound("workspace"));
                 };
                 check_etag(workspace.version, &target.etag)?;
@@ -376,7 +378,7 @@ impl Directory {
                 tx.delete_workspace(&id, now).await?;
                 watch.end(&tx).await?;
                 tx.audit([event("DeleteWorkspace", &caller, &id, &reason, Some(&workspace), None, now)]).await?;
-                directory.fence.conclude(tx, now).await
+                directory.fence.conclude(tx, now).await.map(|change| change.of(()))
             })
             .await
     }
@@ -390,7 +392,7 @@ impl Directory {
         reason: String,
         change: impl FnOnce(&mut Workspace) -> Result<()> + Send + 'static,
         now: Time,
-    ) -> Result<Workspace> {
+    ) -> Result<Changed<Workspace>> {
         let id = caller.workspace(&target.id)?.to_owned();
         let directory = Arc::clone(self);
         self.fence
@@ -401,8 +403,7 @@ impl Directory {
                 let mut workspace = before.clone();
                 change(&mut workspace)?;
                 if workspace.settings() == before.settings() {
-                    directory.fence.bury(&[Subject::Workspace(id)]);
-                    return Ok(before);
+                    return Ok(directory.fence.repeat(&tx, &[Subject::Workspace(id)]).of(before));
                 }
                 workspace.version += 1;
                 workspace.update_time = now;
@@ -413,8 +414,7 @@ impl Directory {
                 tx.update_workspace(&workspace).await?;
                 watch.end(&tx).await?;
                 tx.audit([event(method, &caller, &id, &reason, Some(&before), Some(&workspace), now)]).await?;
-                directory.fence.conclude(tx, now).await?;
-                Ok(workspace)
+                Ok(directory.fence.conclude(tx, now).await?.of(workspace))
             })
             .await
     }

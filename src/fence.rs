@@ -1,4 +1,8 @@
-//! How a change takes effect: whole, and before its call returns.
+//! How a change takes effect: whole, and on every server before its call returns.
+//!
+//! Every server answers from memory. Each registers itself in the database, hears what the others have changed, and answers from memory only for a lease after it has last heard
+//! (`replica`). A change returns when each other server has confirmed it, or cannot answer from memory any more (`barrier`). What has changed is also told to callers
+//! who keep answers of their own (`feed`).
 //!
 //! Invariant: a change runs to its end once it has begun, whether or not its caller still waits, and is announced to the cache before the
 //! call returns (tests `a_cancelled_change_is_whole`, `a_change_is_effective_when_its_call_returns`).
@@ -6,16 +10,28 @@
 //! `a_commit_that_comes_late_leaves_no_old_fact`).
 //! Invariant: no change ends the last token with `keyward:root` that works, but for a leak (test `the_last_root_token_stays`).
 
+mod barrier;
+mod feed;
+mod replica;
+
 use std::{
     net::IpAddr,
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicI64, Ordering},
+    },
     time::Duration,
 };
 
-use tokio::sync::Semaphore;
+use parking_lot::Mutex;
+use tokio::sync::{Notify, Semaphore, watch};
+
+pub use barrier::{Change, Changed, Propagation};
+pub use feed::{Feed, Invalidation, News, Position};
+pub use replica::Membership;
 
 use crate::{
-    ambient::Time,
+    ambient::{Clock, Time},
     cache::Cache,
     caller::Caller,
     error::{Error, Result},
@@ -27,21 +43,96 @@ use crate::{
 const SETTLE_INTERVAL: Duration = Duration::from_millis(500);
 /// How long the log of changes is kept.
 const LOG_LIFETIME: Duration = Duration::from_hours(1);
+/// How long a server that was evicted stays in the list.
+const EVICTED_LIFETIME: Duration = Duration::from_hours(24);
 /// Changes that are made or wait for their turn; more are refused rather than queued. They outlive their callers.
 const CHANGES_MAX: usize = 512;
+
+/// How this server stands beside others.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// What people call it.
+    pub name: String,
+    /// The program's version.
+    pub version: String,
+    /// How long it answers from memory after it has asked what changed.
+    pub lease: Duration,
+    /// Whether changes wait for it however long it is silent.
+    pub is_acked_only: bool,
+}
+
+/// How it goes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stats {
+    /// The number of the last change that this server has heard of.
+    pub head: i64,
+    /// The number up to which it has confirmed changes.
+    pub acknowledged: i64,
+    /// For how much longer it may answer from memory; nothing: as long as it is alone.
+    pub lease: Option<Duration>,
+    /// The servers that changes wait for, this one included.
+    pub replicas: usize,
+    /// Those of them that have not confirmed the last change.
+    pub behind: usize,
+}
 
 /// Makes changes take effect.
 pub struct Fence {
     cache: Arc<Cache>,
     store: Arc<Store>,
+    clock: Clock,
+    settings: Settings,
     changes: Arc<Semaphore>,
+    /// There may be something new in the log.
+    wake: Arc<Notify>,
+    /// Held by whoever follows the log.
+    me: tokio::sync::Mutex<Option<replica::Place>>,
+    /// The present id of this server.
+    id: Mutex<String>,
+    head: AtomicI64,
+    acknowledged: AtomicI64,
+    able: watch::Sender<bool>,
+    watch: Arc<barrier::Watch>,
+    recent: feed::Recent,
 }
 
 impl Fence {
-    /// One between this store and this cache.
+    /// One between this store and this cache, which answers from memory once [`Fence::join`] was called.
     #[must_use]
-    pub fn new(cache: Arc<Cache>, store: Arc<Store>) -> Arc<Self> {
-        Arc::new(Self { cache, store, changes: Arc::new(Semaphore::new(CHANGES_MAX)) })
+    pub fn new(cache: Arc<Cache>, store: Arc<Store>, clock: Clock, settings: Settings) -> Arc<Self> {
+        Arc::new(Self {
+            cache,
+            store,
+            clock,
+            settings,
+            changes: Arc::new(Semaphore::new(CHANGES_MAX)),
+            wake: Arc::default(),
+            me: tokio::sync::Mutex::default(),
+            id: Mutex::default(),
+            head: AtomicI64::new(0),
+            acknowledged: AtomicI64::new(0),
+            able: watch::Sender::new(true),
+            watch: Arc::default(),
+            recent: feed::Recent::default(),
+        })
+    }
+
+    /// How it goes.
+    pub fn stats(&self) -> Stats {
+        let (replicas, behind) = self.watch.counts();
+        Stats {
+            head: self.head.load(Ordering::SeqCst),
+            acknowledged: self.acknowledged.load(Ordering::SeqCst),
+            lease: (!self.store.is_alone()).then(|| self.cache.serves_for()),
+            replicas: if self.store.is_alone() { 1 } else { replicas },
+            behind,
+        }
+    }
+
+    /// Whether questions can be answered: from memory, or by the store. It is told to whoever watches.
+    #[must_use]
+    pub fn able(&self) -> watch::Receiver<bool> {
+        self.able.subscribe()
     }
 
     /// Runs a change to its end, whether or not its caller still waits.
@@ -59,38 +150,62 @@ impl Fence {
     }
 
     /// Commits and announces a change. From before the commit until it is certain what became of it, nothing that is read about its
-    /// subjects is kept: a commit may be made although its answer is late, or fails to come.
+    /// subjects is kept: a commit may be made although its answer is late, or fails to come. Other servers hear of it; [`Fence::propagate`] waits for them.
     ///
     /// # Errors
     /// As [`Tx::commit`].
-    pub async fn conclude(self: &Arc<Self>, tx: Tx<'_>, now: Time) -> Result<()> {
-        let subjects = tx.touched().to_vec();
+    pub async fn conclude(self: &Arc<Self>, tx: Tx<'_>, now: Time) -> Result<Change> {
+        let (subjects, seq) = (tx.touched(), tx.seq());
         for subject in &subjects {
             self.cache.embargo(subject);
         }
-        let committed = tx.commit(now).await;
-        if committed.is_err() {
+        if let Err(error) = tx.commit(now).await {
             tokio::spawn(settle(Arc::downgrade(self), subjects));
-        } else {
-            self.lift(&subjects);
+            return Err(error);
         }
-        committed
+        self.lift(&subjects);
+        self.tell_others();
+        Ok(Change::committed(seq))
     }
 
-    /// Announces what a call before may have changed and failed to announce.
+    /// Announces what a call before may have changed and failed to announce. That may not have reached the other servers yet either.
+    #[must_use]
+    pub fn repeat(&self, tx: &Tx<'_>, subjects: &[Subject]) -> Change {
+        for subject in subjects {
+            self.cache.bury(subject);
+        }
+        // The change has the lock of changes: the number before its own is that of the last change that was made.
+        Change::committed(tx.seq().map(|seq| seq - 1))
+    }
+
+    /// Announces something that has changed and that no fact hangs on elsewhere.
     pub fn bury(&self, subjects: &[Subject]) {
         for subject in subjects {
             self.cache.bury(subject);
         }
     }
 
-    /// Forgets tombstones, log rows and kept answers that are too old for anybody to need. For space only.
+    /// Forgets tombstones, log rows, kept answers and evicted servers that are too old for anybody to need. For space only.
     ///
     /// # Errors
     /// `Unavailable`, `Overloaded`.
     pub async fn tick(&self, now: Time) -> Result<()> {
         self.cache.prune();
+        self.store.forget_evicted(now - EVICTED_LIFETIME).await?;
         self.store.prune(now, now - LOG_LIFETIME).await
+    }
+
+    fn tell_others(self: &Arc<Self>) {
+        self.wake.notify_one();
+        if self.store.is_alone() {
+            return;
+        }
+        let store = Arc::clone(&self.store);
+        tokio::spawn(async move {
+            if let Err(error) = store.hint().await {
+                tracing::debug!(%error, "a hint to other servers was lost: they find the change by themselves");
+            }
+        });
     }
 
     fn lift(&self, subjects: &[Subject]) {

@@ -28,7 +28,7 @@ use crate::{
     ambient::Time,
     caller::Caller,
     error::{Error, Result, Violations},
-    fence::{Fence, RootWatch},
+    fence::{Changed, Fence, RootWatch},
     grant::{Kind, ShownState, State, Subject, Token},
     notice::{Event, Wishes},
     notices::{News, tell},
@@ -232,7 +232,7 @@ impl Issuer {
     /// # Errors
     /// `Invalid`, `Denied` (a scope that the caller does not hold, or a permanent token that only administrators create), `NotFound` (the workspace),
     /// `Precondition` (the principal is suspended, unknown, or has as many as the policy allows), `Unavailable`, `Overloaded`.
-    pub async fn create(self: &Arc<Self>, caller: Caller, new: NewToken, request: RequestId, now: Time) -> Result<(Token, Secret)> {
+    pub async fn create(self: &Arc<Self>, caller: Caller, new: NewToken, request: RequestId, now: Time) -> Result<Changed<(Token, Secret)>> {
         self.create_as("CreateToken", caller, new, request, now).await
     }
 
@@ -240,7 +240,7 @@ impl Issuer {
     ///
     /// # Errors
     /// As [`Issuer::create`].
-    pub async fn create_own(self: &Arc<Self>, caller: Caller, mut new: NewToken, request: RequestId, now: Time) -> Result<(Token, Secret)> {
+    pub async fn create_own(self: &Arc<Self>, caller: Caller, mut new: NewToken, request: RequestId, now: Time) -> Result<Changed<(Token, Secret)>> {
         if caller.token_id.is_some() {
             keep_within(&self.presented(&caller).await?, &mut new);
         }
@@ -257,7 +257,7 @@ impl Issuer {
         mut new: NewToken,
         request: RequestId,
         now: Time,
-    ) -> Result<(Token, Secret)> {
+    ) -> Result<Changed<(Token, Secret)>> {
         if new.display_name.is_empty() {
             "Temporary token".clone_into(&mut new.display_name);
         }
@@ -284,7 +284,7 @@ impl Issuer {
         new: NewToken,
         request: RequestId,
         now: Time,
-    ) -> Result<(Token, Secret)> {
+    ) -> Result<Changed<(Token, Secret)>> {
         let issuer = Arc::clone(self);
         self.fence.run(async move { issuer.create_now(method, &caller, new, &request, now).await }).await
     }
@@ -296,7 +296,7 @@ impl Issuer {
         new: NewToken,
         request: &RequestId,
         now: Time,
-    ) -> Result<(Token, Secret)> {
+    ) -> Result<Changed<(Token, Secret)>> {
         let workspace = self.store.brief(caller.workspace(&new.workspace)?).await?.ok_or(Error::NotFound("workspace"))?;
         let drafted = match draft(caller, new, &workspace, request, now) {
             Err(error) if !request.is_named() => return Err(error),
@@ -307,7 +307,7 @@ impl Issuer {
         let replay = match self.claim(&tx, method, caller, request, now).await? {
             Replay::Answered(kept) => {
                 tx.require(caller, now).await?;
-                return answer_again(&kept, caller, false, &tx).await.map(|token| (token, kept.secret));
+                return answer_again(&kept, caller, false, &tx).await.map(|token| Changed::new((token, kept.secret)));
             }
             Replay::New(replay) => replay,
         };
@@ -328,7 +328,7 @@ impl Issuer {
             // A certificate that stands for it was refused as long as it was not there.
             self.fence.bury(&[Subject::Principal { workspace, id }]);
         }
-        Ok((token, issued.secret))
+        Ok(Changed::new((token, issued.secret)))
     }
 
     /// One token.
@@ -353,7 +353,7 @@ impl Issuer {
     ///
     /// # Errors
     /// `Invalid`, `Denied`, `NotFound`, `Conflict`, `Precondition`, `Unavailable`, `Overloaded`.
-    pub async fn update(self: &Arc<Self>, caller: Caller, target: Target, patch: TokenPatch, now: Time) -> Result<Token> {
+    pub async fn update(self: &Arc<Self>, caller: Caller, target: Target, patch: TokenPatch, now: Time) -> Result<Changed<Token>> {
         let policy = if patch.expire_time.is_some() { self.policy(&caller, &target.id).await } else { Ok(Policy::default()) };
         let patch = Patch::check(patch, &target.id, now)?;
         let policy = policy?;
@@ -375,7 +375,7 @@ impl Issuer {
     ///
     /// # Errors
     /// As [`Issuer::update`].
-    pub async fn activate(self: &Arc<Self>, caller: Caller, target: Target, now: Time) -> Result<Token> {
+    pub async fn activate(self: &Arc<Self>, caller: Caller, target: Target, now: Time) -> Result<Changed<Token>> {
         let change = move |token: &mut Token, _: &Caller| {
             require_live(token, now)?;
             token.state = State::Active;
@@ -388,7 +388,7 @@ impl Issuer {
     ///
     /// # Errors
     /// As [`Issuer::update`].
-    pub async fn deactivate(self: &Arc<Self>, caller: Caller, target: Target, now: Time) -> Result<Token> {
+    pub async fn deactivate(self: &Arc<Self>, caller: Caller, target: Target, now: Time) -> Result<Changed<Token>> {
         let change = move |token: &mut Token, _: &Caller| {
             if token.state == State::Revoked {
                 return Err(Error::precondition(REVOKED));
@@ -403,7 +403,7 @@ impl Issuer {
     ///
     /// # Errors
     /// As [`Issuer::update`].
-    pub async fn revoke(self: &Arc<Self>, caller: Caller, target: Target, reason: &str, now: Time) -> Result<Token> {
+    pub async fn revoke(self: &Arc<Self>, caller: Caller, target: Target, reason: &str, now: Time) -> Result<Changed<Token>> {
         let mut violations = Violations::default();
         violations.take("id", rules::id(&target.id));
         let reason = violations.take("reason", rules::reason(reason)).unwrap_or_default();
@@ -422,7 +422,7 @@ impl Issuer {
     ///
     /// # Errors
     /// `Precondition` if the caller came with a certificate; `Invalid`, `Unavailable`, `Overloaded`.
-    pub async fn revoke_self(self: &Arc<Self>, caller: Caller, reason: &str, now: Time) -> Result<Token> {
+    pub async fn revoke_self(self: &Arc<Self>, caller: Caller, reason: &str, now: Time) -> Result<Changed<Token>> {
         let reason = rules::reason(reason).map_err(|rule| Error::invalid("reason", rule))?;
         let target = Target { id: presented_id(&caller)?.to_string(), etag: String::new() };
         let change = {
@@ -447,7 +447,7 @@ impl Issuer {
         grace: Grace,
         request: RequestId,
         now: Time,
-    ) -> Result<Regenerated> {
+    ) -> Result<Changed<Regenerated>> {
         let issuer = Arc::clone(self);
         self.fence.run(async move { issuer.regenerate_now("RegenerateToken", &caller, &target, grace, &request, false, now).await }).await
     }
@@ -456,7 +456,7 @@ impl Issuer {
     ///
     /// # Errors
     /// `Precondition` if the caller came with a certificate; `Invalid`, `Unavailable`, `Overloaded`.
-    pub async fn regenerate_self(self: &Arc<Self>, caller: Caller, grace: Grace, request: RequestId, now: Time) -> Result<Regenerated> {
+    pub async fn regenerate_self(self: &Arc<Self>, caller: Caller, grace: Grace, request: RequestId, now: Time) -> Result<Changed<Regenerated>> {
         let target = Target { id: presented_id(&caller)?.to_string(), etag: String::new() };
         let issuer = Arc::clone(self);
         self.fence.run(async move { issuer.regenerate_now("RegenerateSelf", &caller, &target, grace, &request, true, now).await }).await
@@ -472,7 +472,7 @@ impl Issuer {
         request: &RequestId,
         own: bool,
         now: Time,
-    ) -> Result<Regenerated> {
+    ) -> Result<Changed<Regenerated>> {
         let id = violations.take("id", rules::id(&target.id));
         violations.take("grace", rules::grace_time(grace, Time::NEVER, now));
         if !request.id.is_empty() {
@@ -488,7 +488,8 @@ impl Issuer {
                     tx.require(caller, now).await?;
                 }
                 let token = answer_again(&kept, caller, own, &tx).await?;
-                return Ok(Regenerated { token, secret: kept.secret, grace_time: kept.grace_time });
+                // The call before may have ended before every server knew that the secret from before has gone.
+                return Ok(self.fence.repeat(&tx, &[]).of(Regenerated { token, secret: kept.secret, grace_time: kept.grace_time }));
             }
             Replay::New(replay) => replay,
         };
@@ -507,15 +508,14 @@ impl Issuer {
         tx.audit([event(method, Some(caller), &token, "", Some(&before), Some(&token), now)]).await?;
         tell_of(&tx, News { event: Event::Regenerated, actor: Some(caller), reason: "" }, &[&token], now).await?;
         self.keep(&tx, replay, id, &secret, grace_time).await?;
-        self.fence.conclude(tx, now).await?;
-        Ok(Regenerated { token, secret, grace_time })
+        Ok(self.fence.conclude(tx, now).await?.of(Regenerated { token, secret, grace_time }))
     }
 
     /// Ends a token and takes it out of every list.
     ///
     /// # Errors
     /// As [`Issuer::update`].
-    pub async fn delete(self: &Arc<Self>, caller: Caller, target: Target, now: Time) -> Result<()> {
+    pub async fn delete(self: &Arc<Self>, caller: Caller, target: Target, now: Time) -> Result<Changed<()>> {
         let issuer = Arc::clone(self);
         self.fence
             .run(async move {
@@ -524,18 +524,21 @@ impl Issuer {
                 let found = issuer.find(&tx, &caller, id, false).await;
                 if matches!(found, Err(Error::NotFound(_))) {
                     // A call before may have deleted it and failed: what is known of it ends now at the latest.
-                    issuer.fence.bury(&subjects(&tx.digests(id, caller.management_reach()).await?));
+                    let before = issuer.fence.repeat(&tx, &subjects(&tx.digests(id, caller.management_reach()).await?));
+                    drop(tx);
+                    issuer.fence.await_everywhere(before).await;
+                    return Err(Error::NotFound("token"));
                 }
                 let (token, digests) = found?;
                 check_etag(&token, &target)?;
                 let watch = watch_root(&tx, &caller, [&token], now).await?;
-                tx.delete_token(id, &digests, now).await?;
+                tx.delete_token(&token, &digests, now).await?;
                 end_watch(watch, &tx).await?;
                 tx.audit([event("DeleteToken", Some(&caller), &token, "", Some(&token), None, now)]).await?;
                 if matches!(token.shown_state(now), ShownState::Active | ShownState::Inactive) {
                     tell_of(&tx, News { event: Event::Revoked, actor: Some(&caller), reason: "" }, &[&token], now).await?;
                 }
-                issuer.fence.conclude(tx, now).await
+                issuer.fence.conclude(tx, now).await.map(|change| change.of(()))
             })
             .await
     }
@@ -548,7 +551,7 @@ impl Issuer {
         reason: String,
         change: impl FnOnce(&mut Token, &Caller) -> Result<()> + Send + 'static,
         now: Time,
-    ) -> Result<Token> {
+    ) -> Result<Changed<Token>> {
         let issuer = Arc::clone(self);
         self.fence.run(async move { issuer.change_now(method, &caller, &target, &reason, false, change, now).await }).await
     }
@@ -564,7 +567,7 @@ impl Issuer {
         own: bool,
         change: impl FnOnce(&mut Token, &Caller) -> Result<()> + Send,
         now: Time,
-    ) -> Result<Token> {
+    ) -> Result<Changed<Token>> {
         let id = parse_id("id", &target.id)?;
         let mut tx = self.store.begin_change_by(caller, now).await?;
         let (before, digests) = self.find(&tx, caller, id, own).await?;
@@ -572,8 +575,7 @@ impl Issuer {
         let mut token = before.clone();
         change(&mut token, caller)?;
         if settings(&token) == settings(&before) {
-            self.fence.bury(&subjects(&digests));
-            return Ok(before);
+            return Ok(self.fence.repeat(&tx, &subjects(&digests)).of(before));
         }
         token.version += 1;
         token.update_time = now;
@@ -587,8 +589,7 @@ impl Issuer {
         if token.state == State::Revoked {
             tell_of(&tx, News { event: Event::Revoked, actor: Some(caller), reason }, &[&token], now).await?;
         }
-        self.fence.conclude(tx, now).await?;
-        Ok(token)
+        Ok(self.fence.conclude(tx, now).await?.of(token))
     }
 
     async fn find(&self, tx: &Tx<'_>, caller: &Caller, id: TokenId, own: bool) -> Result<(Token, Vec<Digest>)> {

@@ -36,11 +36,11 @@ use crate::{
     config::{CertificateIdentity, Config},
     directory::{Certificate, Directory, Outlets},
     error::Error,
-    fence::Fence,
+    fence::{self, Fence, Membership},
     issuer::Issuer,
     notices::{self, Notices},
     retention::{Periods, Retention},
-    store::{DatabaseUrl, Hold, Store},
+    store::{DatabaseUrl, Store},
     telemetry::{self, Metrics},
     token::{Keyring, Secret},
     usage::Usage,
@@ -55,7 +55,7 @@ const PRUNE_INTERVAL: Duration = Duration::from_secs(10);
 const OUTBOX_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a clean stop waits for notices that are being delivered; they are tried again otherwise.
 const NOTICES_TIMEOUT: Duration = Duration::from_secs(1);
-/// How often certificates and the exclusive use of the database are looked after.
+/// How often certificates are looked after.
 const WATCH_INTERVAL: Duration = Duration::from_secs(3);
 /// How long a clean stop tries to write counted uses and to close the database.
 const LAST_WRITES_TIMEOUT: Duration = Duration::from_secs(5);
@@ -72,14 +72,13 @@ pub struct Server {
     phase: watch::Sender<Phase>,
     health: HealthReporter,
     metrics_task: Option<JoinHandle<()>>,
-    lost: watch::Receiver<bool>,
+    membership: Membership,
 }
 
 /// The rooms of one server.
 #[derive(Clone)]
 struct Rooms {
     clock: Clock,
-    cache: Arc<Cache>,
     store: Arc<Store>,
     usage: Arc<Usage>,
     validator: Arc<Validator>,
@@ -125,6 +124,7 @@ impl Server {
             directory: Arc::clone(&rooms.directory),
             audit: Arc::clone(&rooms.audit),
             notices: Arc::clone(&rooms.notices),
+            fence: Arc::clone(&rooms.fence),
             metrics: Arc::clone(&metrics),
         };
         let routes = api.clone().routes(HealthService::from_health_reporter(health.clone())).map_err(|error| error.to_string())?;
@@ -132,7 +132,8 @@ impl Server {
         let gate = Arc::new(gate::Gate::new(api, routes, rooms.clock.clone(), limits));
         let port = Port::new(gate, certificates, metrics, phase_receiver);
         let workers = Workers::start(config.workers, &port)?;
-        let (lost_sender, lost) = watch::channel(false);
+        // Before the first question, and after all that may take its time.
+        let membership = rooms.fence.join().await.map_err(|error| error.to_string())?;
         let mut server = Self {
             address,
             metrics_address: metrics_listener.as_ref().map(local_address).transpose()?,
@@ -140,10 +141,10 @@ impl Server {
             phase,
             health,
             metrics_task: None,
-            lost,
+            membership,
             rooms,
         };
-        server.spawn_ticks(lost_sender, config.notices_interval);
+        server.spawn_ticks(config.notices_interval);
         server.metrics_task = metrics_listener.map(|listener| tokio::spawn(serve_metrics(listener, server.rooms.clone())));
         tokio::spawn(Arc::clone(&server.port).accept(listener, workers));
         set_health(&server.health, ServingStatus::Serving).await;
@@ -171,14 +172,6 @@ impl Server {
         self.rooms.certificates.as_ref().map_or(Ok(false), |certificates| certificates.reload())
     }
 
-    /// Returns if the database is not exclusively ours any more, which ends the service.
-    pub async fn lost(&self) {
-        let mut lost = self.lost.clone();
-        if lost.wait_for(|lost| *lost).await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    }
-
     /// Stops: says so, finishes what is under way, writes what was counted.
     ///
     /// # Errors
@@ -193,6 +186,9 @@ impl Server {
             metrics.abort();
         }
         let end = async {
+            if let Err(error) = self.membership.leave().await {
+                tracing::warn!(%error, "changes may wait for this server for as long as its lease");
+            }
             // What is not through by then is taken up again when its lease has ended.
             let _interrupted = timeout(NOTICES_TIMEOUT, self.rooms.notices.stop()).await;
             let flushed = self.rooms.usage.flush(&self.rooms.store).await;
@@ -214,7 +210,7 @@ impl Server {
         }
     }
 
-    fn spawn_ticks(&self, lost: watch::Sender<bool>, notices_interval: Duration) {
+    fn spawn_ticks(&self, notices_interval: Duration) {
         let rooms = self.rooms.clone();
         every(notices_interval, self.phase.subscribe(), move || {
             let rooms = rooms.clone();
@@ -246,28 +242,11 @@ impl Server {
             async move { report("refused calls could not be noted; they are kept", rooms.audit.tick().await) }
         });
         let rooms = self.rooms.clone();
-        let lost = Arc::new(lost);
         every(WATCH_INTERVAL, self.phase.subscribe(), move || {
-            let (rooms, lost) = (rooms.clone(), Arc::clone(&lost));
-            async move {
-                rooms.reload_certificates();
-                match rooms.store.hold().await {
-                    Ok(Hold::Kept) => {}
-                    Ok(Hold::Retaken) => {
-                        tracing::warn!(
-                            "the connection that keeps the database ours was lost and taken anew: everything known is forgotten"
-                        );
-                        rooms.cache.clear();
-                    }
-                    Ok(Hold::Lost) => {
-                        tracing::error!("another keyward has taken this database: this one stops");
-                        rooms.cache.clear();
-                        lost.send_replace(true);
-                    }
-                    Err(error) => report("the database does not answer", Err(error)),
-                }
-            }
+            rooms.reload_certificates();
+            std::future::ready(())
         });
+        tokio::spawn(tell_health(self.health.clone(), self.rooms.fence.able(), self.phase.subscribe()));
     }
 }
 
@@ -285,7 +264,7 @@ pub async fn recover(config: &Config, clock: &Clock) -> Result<Secret, String> {
         return Err(NEW.to_owned());
     }
     let keyring = Arc::new(open_keyring(&store, &config.keyring_file).await?);
-    let fence = Fence::new(Arc::new(Cache::new(0)), Arc::clone(&store));
+    let fence = Fence::new(Arc::new(Cache::new(0, config.lease)), Arc::clone(&store), clock.clone(), fence_settings(config));
     let recovered = Issuer::new(keyring, Arc::clone(&store), fence).recover(clock.now()).await;
     let closed = store.close().await.map_err(|error| error.to_string());
     let secret = recovered.map_err(|error| match error {
@@ -308,9 +287,9 @@ impl Rooms {
         let observer = Box::new(move |verb, elapsed, failed| observed.store(verb, elapsed, failed));
         let store = Arc::new(Store::open(&config.database_url, config.migrate_on_start, observer).await?);
         let keyring = Arc::new(open_keyring(&store, &config.keyring_file).await?);
-        let cache = Arc::new(Cache::new(config.cache_bytes));
+        let cache = Arc::new(Cache::new(config.cache_bytes, config.lease));
         let usage = Arc::new(Usage::default());
-        let fence = Fence::new(Arc::clone(&cache), Arc::clone(&store));
+        let fence = Fence::new(Arc::clone(&cache), Arc::clone(&store), clock.clone(), fence_settings(config));
         let issuer = Issuer::new(Arc::clone(&keyring), Arc::clone(&store), Arc::clone(&fence));
         let directory =
             Directory::new(Arc::clone(&keyring), Arc::clone(&store), Arc::clone(&fence), certificates_of(config), outlets_of(config));
@@ -328,7 +307,7 @@ impl Rooms {
         })?;
         directory.make_certificates_principals(clock.now()).await.map_err(|error| error.to_string())?;
         let validator = Validator::new(keyring, Arc::clone(&cache), Arc::clone(&store), Arc::clone(&usage));
-        Ok(Self { clock, cache, store, usage, validator, issuer, directory, audit, fence, retention, notices, metrics, certificates })
+        Ok(Self { clock, store, usage, validator, issuer, directory, audit, fence, retention, notices, metrics, certificates })
     }
 
     fn reload_certificates(&self) {
@@ -343,6 +322,16 @@ impl Rooms {
 /// How this server can tell anybody anything.
 fn outlets_of(config: &Config) -> Outlets {
     Outlets { mail: config.smtp.is_some(), http: !config.webhook_allowed_cidrs.is_empty() }
+}
+
+/// How this server stands beside others.
+fn fence_settings(config: &Config) -> fence::Settings {
+    fence::Settings {
+        name: config.replica_name.clone(),
+        version: telemetry::VERSION.to_owned(),
+        lease: config.lease,
+        is_acked_only: config.is_acked_only,
+    }
 }
 
 fn notices_settings(config: &Config) -> Result<notices::Settings, String> {
@@ -375,6 +364,18 @@ pub fn install_crypto_provider() {
 async fn set_health(health: &HealthReporter, status: ServingStatus) {
     for service in api::SERVICES.into_iter().chain([""]) {
         health.set_service_status(service, status).await;
+    }
+}
+
+/// Says that nothing can be answered while the store is silent and memory is not good any more, until a drain begins.
+async fn tell_health(health: HealthReporter, mut able: watch::Receiver<bool>, mut phase: watch::Receiver<Phase>) {
+    loop {
+        tokio::select! {
+            changed = able.changed() => if changed.is_err() { return },
+            _ = phase.wait_for(|phase| *phase != Phase::Serving) => return,
+        }
+        let is_able = *able.borrow_and_update();
+        set_health(&health, if is_able { ServingStatus::Serving } else { ServingStatus::NotServing }).await;
     }
 }
 
@@ -483,7 +484,7 @@ async fn serve_metrics(listener: TcpListener, rooms: Rooms) {
 }
 
 fn metrics_page(rooms: &Rooms) -> Result<String, std::fmt::Error> {
-    rooms.metrics.page(rooms.validator.stats(), rooms.usage.backlog(), rooms.retention.removed(), &rooms.notices.stats())
+    rooms.metrics.page(rooms.validator.stats(), rooms.usage.backlog(), rooms.retention.removed(), &rooms.notices.stats(), rooms.fence.stats())
 }
 
 fn metrics_answer(request: &Request<Incoming>, rooms: &Rooms) -> Response<String> {

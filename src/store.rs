@@ -7,11 +7,13 @@
 //! Invariant: work waits for a connection for a bounded time only, and ends in a bounded time (test `a_database_that_is_gone_is_unavailable`).
 
 mod audit;
+mod connection;
 mod directory;
 mod entity;
 mod migrations;
 mod notices;
 mod purge;
+mod replicas;
 mod tokens;
 mod transaction;
 mod usage;
@@ -25,11 +27,12 @@ use std::{
     time::Duration,
 };
 
+use connection::{Connection, Line};
 use parking_lot::Mutex;
 use sea_orm::{
-    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbBackend, DbErr, RuntimeErr, Statement,
+    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbBackend, DbErr, RuntimeErr, Statement, TransactionTrait as _,
     sqlx::{
-        self, Connection as _,
+        self,
         sqlite::{SqliteJournalMode, SqliteSynchronous},
     },
 };
@@ -42,6 +45,7 @@ use tokio::{
 pub use audit::{AuditEvent, AuditFilter, AuditRecord};
 pub use notices::{Claimed, FaultCounts, FaultFilter, FaultRecord, Followed, NoticeRecord, Settled, Step};
 pub use purge::Expendable;
+pub use replicas::{Change, Log, NewReplica, Renewal, Replica};
 pub use tokens::{Cursor, Filter, Order, OrderKey};
 pub use transaction::{Claim, Tx};
 pub use usage::UseDelta;
@@ -49,7 +53,7 @@ pub use usage::UseDelta;
 use crate::{
     ambient::{Stopwatch, Time},
     error::{Error, Result},
-    token::{self, Keyring, Kid},
+    token::{Keyring, Kid},
 };
 
 /// Tokens up to which a database is small.
@@ -59,15 +63,16 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long one verb may take. PostgreSQL is told to give up a little earlier, so that it does not go on for nobody.
 const WORK_TIMEOUT: Duration = Duration::from_secs(8);
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(6);
-const POSTGRES_CONNECTIONS: u32 = 16;
+/// Two more than work may take at once: those are for the fence.
+const POSTGRES_CONNECTIONS: u32 = 18;
+const POSTGRES_WORK: usize = 16;
 const SQLITE_READERS: u32 = 6;
 /// Of each connection. The tokens of a workspace lie apart when there are many workspaces: a thousand of them, each on a page of its own, find room.
 const SQLITE_CACHE_KIB: &str = "-8192";
 /// SQLite 3.7.0 to 3.51.2 can corrupt a database when its WAL is reset.
 const SQLITE_VERSION_MIN: (u32, u32, u32) = (3, 51, 3);
-/// "keyward" in a PostgreSQL advisory lock: one for migrations, one for serving.
+/// "keyward" in a PostgreSQL advisory lock, for migrations.
 const LOCK_MIGRATE: i64 = 0x6b65_7977_6172_6401;
-const LOCK_SERVE: i64 = 0x6b65_7977_6172_6402;
 
 /// Told of every verb: its name, how long it took, and whether it failed.
 pub type Observer = Box<dyn Fn(&'static str, Duration, bool) + Send + Sync>;
@@ -79,13 +84,26 @@ pub enum DatabaseUrl {
     Sqlite(PathBuf),
     /// `postgres://user:password@host:port/database`.
     Postgres(String),
+    /// The same, through a pooler that gives each transaction a connection of its own, such as PgBouncer in transaction mode.
+    Pooled(String),
+}
+
+impl DatabaseUrl {
+    /// Says that it leads through a pooler, if it is one of PostgreSQL.
+    #[must_use]
+    pub fn pooled(self) -> Self {
+        match self {
+            Self::Postgres(url) => Self::Pooled(url),
+            other => other,
+        }
+    }
 }
 
 impl fmt::Debug for DatabaseUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Sqlite(path) => write!(f, "sqlite://{}", path.display()),
-            Self::Postgres(_) => f.write_str("postgres://…"),
+            Self::Postgres(_) | Self::Pooled(_) => f.write_str("postgres://…"),
         }
     }
 }
@@ -109,76 +127,47 @@ impl std::str::FromStr for DatabaseUrl {
 
 /// The open database. Reads and changes have connections of their own on SQLite, where there is one writer.
 pub struct Store {
-    reader: DatabaseConnection,
-    writer: DatabaseConnection,
+    reader: Connection,
+    writer: Connection,
     facts_permits: Semaphore,
     read_permits: Semaphore,
     write_permits: Semaphore,
     /// When the database last did what it was asked.
     success: Mutex<Stopwatch>,
     observer: Observer,
-    /// What keeps a second server away: dropped last.
-    exclusive: Exclusive,
+    sharing: Sharing,
 }
 
-enum Exclusive {
-    Folder {
-        _lock: File,
-    },
-    Session {
-        url: String,
-        name: String,
-        connection: tokio::sync::Mutex<sqlx::PgConnection>,
-    },
-    /// Nothing: a server may use the database, and others as we do.
-    Beside,
-}
-
-/// Whether the database is ours alone.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Hold {
-    /// It is, and was all the time.
-    Kept,
-    /// It is again: for a moment, another server may have changed it.
-    Retaken,
-    /// Another server has it.
-    Lost,
+/// Who else may use the database.
+enum Sharing {
+    /// Nobody, as long as this lock is held.
+    Alone { _lock: File },
+    /// Other servers. What they change is asked for on a line of its own.
+    Shared { url: DatabaseUrl, line: Line },
 }
 
 /// How the schema in the database compares with the one that this program needs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Schema {
-    /// The same.
+    /// The same, or a newer one that this program can work with.
     Current,
     /// Migrations are missing, perhaps all.
     Old,
-    /// It has migrations that this program does not know.
+    /// It has migrations that this program does not know, and cannot work with.
     Newer,
 }
 
 impl Store {
-    /// Opens the database, alone, and brings its schema up to date if `migrate`.
+    /// Opens the database and brings its schema up to date if `migrate`: the embedded one alone, PostgreSQL beside other servers.
     ///
     /// # Errors
     /// A sentence for the operator: what is wrong and what to do.
     pub async fn open(url: &DatabaseUrl, migrate: bool, observer: Observer) -> std::result::Result<Self, String> {
         let store = match url {
             DatabaseUrl::Sqlite(path) => Self::open_sqlite(path, observer).await?,
-            DatabaseUrl::Postgres(url) => Self::open_postgres(url, observer).await?,
+            url => Self::open_postgres(url, observer).await?,
         };
         store.settle_schema(migrate).await?;
-        Ok(store)
-    }
-
-    /// Opens the database beside a server that uses it, and beside others that do as we do, for work on which no verdict hangs: telling notices. What a server knows
-    /// of tokens would go out of date unseen, so that changes of tokens that exist are refused here. PostgreSQL alone: the embedded database serves one process.
-    ///
-    /// # Errors
-    /// A sentence for the operator: what is wrong and what to do.
-    pub async fn open_beside(url: &DatabaseUrl, observer: Observer) -> std::result::Result<Self, String> {
-        let DatabaseUrl::Postgres(url) = url else { return Err("the embedded database serves one process: use PostgreSQL".to_owned()) };
-        let store = Self::with_pool(connect_pool(url).await?, Exclusive::Beside, observer);
-        store.settle_schema(false).await?;
         Ok(store)
     }
 
@@ -196,42 +185,31 @@ impl Store {
         }
         let reader = Database::connect(sqlite_options(path, SQLITE_READERS, true)).await.map_err(failed)?;
         Ok(Self {
-            reader,
-            writer,
+            reader: Connection::new(reader),
+            writer: Connection::new(writer),
             // Some connections are left for facts, however many lists are asked for.
             facts_permits: Semaphore::new(SQLITE_READERS as usize),
             read_permits: Semaphore::new(SQLITE_READERS as usize / 2),
             write_permits: Semaphore::new(1),
             success: Mutex::new(Stopwatch::start()),
             observer,
-            exclusive: Exclusive::Folder { _lock: lock },
+            sharing: Sharing::Alone { _lock: lock },
         })
     }
 
-    async fn open_postgres(url: &str, observer: Observer) -> std::result::Result<Self, String> {
-        let failed = |error: DbErr| refused(&error);
-        let pool = connect_pool(url).await?;
-        // No two servers have the same name, so that ours tells its own lost connections from another server's.
-        let name = format!("keyward {}", token::event_id(Time::from_micros(0)).map_err(|error| error.to_string())?);
-        let mut session = connect_session(url, &name).await.map_err(|error| failed(sqlx_error(error)))?;
-        if !take_lock(&mut session).await.map_err(|error| failed(sqlx_error(error)))? {
-            return Err("another keyward is using this PostgreSQL database: this version runs one server on a database".to_owned());
-        }
-        let exclusive = Exclusive::Session { url: url.to_owned(), name, connection: tokio::sync::Mutex::new(session) };
-        Ok(Self::with_pool(pool, exclusive, observer))
-    }
-
-    fn with_pool(pool: DatabaseConnection, exclusive: Exclusive, observer: Observer) -> Self {
-        Self {
+    async fn open_postgres(url: &DatabaseUrl, observer: Observer) -> std::result::Result<Self, String> {
+        connection::refuse_standby(url).await?;
+        let pool = connection::connect_pool(url, POSTGRES_CONNECTIONS).await.map_err(|error| connection::refused(&error))?;
+        Ok(Self {
             reader: pool.clone(),
             writer: pool,
-            facts_permits: Semaphore::new(POSTGRES_CONNECTIONS as usize / 2),
-            read_permits: Semaphore::new(POSTGRES_CONNECTIONS as usize / 4),
-            write_permits: Semaphore::new(POSTGRES_CONNECTIONS as usize / 4),
+            facts_permits: Semaphore::new(POSTGRES_WORK / 2),
+            read_permits: Semaphore::new(POSTGRES_WORK / 4),
+            write_permits: Semaphore::new(POSTGRES_WORK / 4),
             success: Mutex::new(Stopwatch::start()),
             observer,
-            exclusive,
-        }
+            sharing: Sharing::Shared { url: url.clone(), line: Line::new(url.clone()) },
+        })
     }
 
     async fn settle_schema(&self, migrate: bool) -> std::result::Result<(), String> {
@@ -248,43 +226,45 @@ impl Store {
 
     async fn schema(&self) -> std::result::Result<Schema, DbErr> {
         let known: Vec<String> = migrations::Migrator::migrations().iter().map(|migration| migration.name().to_owned()).collect();
-        if !SchemaManager::new(&self.writer).has_table("seaql_migrations").await? {
+        if !SchemaManager::new(self.writer.pool()).has_table("seaql_migrations").await? {
             return Ok(Schema::Old);
         }
         let statement = Statement::from_string(self.backend(), "SELECT version FROM seaql_migrations");
         let rows = self.writer.query_all_raw(statement).await?;
         let applied = rows.iter().map(|row| row.try_get_by_index(0)).collect::<std::result::Result<Vec<String>, _>>()?;
-        Ok(if applied.iter().any(|version| !known.contains(version)) {
-            Schema::Newer
-        } else if applied.len() < known.len() {
-            Schema::Old
-        } else {
-            Schema::Current
-        })
+        if known.iter().any(|version| !applied.contains(version)) {
+            return Ok(Schema::Old);
+        }
+        if applied.len() == known.len() {
+            return Ok(Schema::Current);
+        }
+        // Migrations expand before they contract: the database says which version a program must know at least.
+        let floor = Statement::from_string(self.backend(), "SELECT version FROM schema_floor WHERE id = 1");
+        let floor: Option<String> = self.writer.query_one_raw(floor).await?.map(|row| row.try_get_by_index(0)).transpose()?;
+        Ok(if floor.is_some_and(|floor| known.contains(&floor)) { Schema::Current } else { Schema::Newer })
     }
 
     /// Migrations take no lock of their own; on SQLite the folder's lock serves.
     async fn migrate(&self) -> std::result::Result<(), DbErr> {
         if self.backend() != DbBackend::Postgres {
-            return migrations::Migrator::up(&self.writer, None).await;
+            return migrations::Migrator::up(self.writer.pool(), None).await;
         }
-        let Exclusive::Session { url, .. } = &self.exclusive else { return Ok(()) };
+        let Sharing::Shared { url, .. } = &self.sharing else { return Ok(()) };
         // Connections of their own: building an index may take longer than a call may.
-        let mut options = ConnectOptions::new(url);
-        options.max_connections(2).sqlx_logging(false).record_stmt_in_spans(false);
-        let pool = Database::connect(options).await?;
-        let mut session = pool.get_postgres_connection_pool().acquire().await.map_err(sqlx_error)?;
-        sqlx::query("SELECT pg_advisory_lock($1)").bind(LOCK_MIGRATE).execute(&mut *session).await.map_err(sqlx_error)?;
+        let pool = connection::connect_for_migrations(url).await?;
+        // The lock belongs to a transaction and not to a connection, which a pooler would give to somebody else meanwhile.
+        let lock = pool.begin().await?;
+        lock.execute_unprepared(&format!("SELECT pg_advisory_xact_lock({LOCK_MIGRATE})")).await?;
         let result = migrations::Migrator::up(&pool, None).await;
-        let unlock = sqlx::query("SELECT pg_advisory_unlock($1)").bind(LOCK_MIGRATE).execute(&mut *session).await;
-        drop(session);
+        let unlocked = lock.commit().await;
         let closed = pool.close().await;
-        result.and(unlock.map(drop).map_err(sqlx_error)).and(closed)
+        result.and(unlocked).and(closed)
     }
 
-    /// Whether a server may use this database at the same time.
-    fn is_beside_others(&self) -> bool {
-        matches!(self.exclusive, Exclusive::Beside)
+    /// Whether nobody else uses this database.
+    #[must_use]
+    pub fn is_alone(&self) -> bool {
+        matches!(self.sharing, Sharing::Alone { .. })
     }
 
     fn backend(&self) -> DbBackend {
@@ -297,34 +277,6 @@ impl Store {
     /// `Unavailable` if not.
     pub async fn ping(&self) -> Result<()> {
         self.reading("ping", async { self.reader.execute_unprepared("SELECT 1").await.map(drop) }).await
-    }
-
-    /// Makes sure that no other server uses this database: on PostgreSQL the lock is gone with its connection and is taken anew.
-    ///
-    /// # Errors
-    /// `Unavailable` if the database does not answer.
-    pub async fn hold(&self) -> Result<Hold> {
-        let (url, name, connection) = match &self.exclusive {
-            Exclusive::Session { url, name, connection } => (url, name, connection),
-            Exclusive::Folder { .. } => return Ok(Hold::Kept),
-            Exclusive::Beside => return Ok(Hold::Lost),
-        };
-        let work = async {
-            let mut connection = connection.lock().await;
-            if matches!(timeout(ACQUIRE_TIMEOUT, connection.ping()).await, Ok(Ok(()))) {
-                return Ok(Hold::Kept);
-            }
-            let mut session = connect_session(url, name).await?;
-            if !take_lock(&mut session).await? {
-                return Ok(Hold::Lost);
-            }
-            *connection = session;
-            Ok(Hold::Retaken)
-        };
-        match timeout(WORK_TIMEOUT, work).await {
-            Ok(held) => held.map_err(|error| translate(sqlx_error(error))),
-            Err(elapsed) => Err(Error::Unavailable(elapsed.into())),
-        }
     }
 
     /// Waits for what is under way and closes the database.
@@ -357,29 +309,17 @@ impl Store {
     /// # Errors
     /// A sentence for the operator.
     pub async fn settle_keyring(&self, keyring: &Keyring) -> std::result::Result<(), String> {
-        let fingerprints = keyring.fingerprints();
-        let known = self.known_keys().await.map_err(|error| error.to_string())?;
-        let ours = |kid: Kid| fingerprints.iter().find(|(other, ..)| *other == kid).map(|(.., fingerprint)| fingerprint);
-        let foreign = known.iter().any(|(kid, bytes)| ours(*kid).is_some_and(|fingerprint| fingerprint.as_bytes() != bytes));
-        let stranger = !known.is_empty() && known.iter().all(|(kid, _)| ours(*kid).is_none());
-        if foreign || stranger {
-            return Err("the keyring is not the one that this database's tokens were made with, and every token would look forged: \
-                        put the right keyring file in its place (setting keyring_file)"
-                .to_owned());
-        }
-        for (kid, _) in known.iter().filter(|(kid, _)| ours(*kid).is_none()) {
-            tracing::warn!(kid = %kid.as_char(), "a key was removed from the keyring: tokens made with it are unknown from now on");
-        }
-        for (kid, _, fingerprint) in &fingerprints {
-            let statement = Statement::from_sql_and_values(
-                self.backend(),
-                "INSERT INTO keyring (kid, fingerprint) VALUES ($1, $2) ON CONFLICT (kid) DO NOTHING",
-                [kid.as_char().to_string().into(), fingerprint.as_bytes().to_vec().into()],
-            );
-            let inserted = self.writing("keyring", async { self.writer.execute_raw(statement).await.map(drop) });
-            inserted.await.map_err(|error| error.to_string())?;
-        }
-        Ok(())
+        let settled = async {
+            // Under the lock of changes: of two servers that start on an empty store one comes first.
+            let tx = self.begin_unnumbered().await?;
+            tx.execute("UPDATE change_head SET seq = seq WHERE id = 1", vec![]).await?;
+            let known = tx.known_keys().await?;
+            match keyring_mistake(keyring, &known) {
+                Some(mistake) => Ok(Err(mistake)),
+                None => tx.add_keys(keyring).await.map(Ok),
+            }
+        };
+        settled.await.map_err(|error: Error| error.to_string())?
     }
 
     /// Whether this store has ever had a keyring.
@@ -391,15 +331,9 @@ impl Store {
     }
 
     async fn known_keys(&self) -> Result<Vec<(Kid, Vec<u8>)>> {
-        let statement = Statement::from_string(self.backend(), "SELECT kid, fingerprint FROM keyring ORDER BY kid");
+        let statement = Statement::from_string(self.backend(), KNOWN_KEYS);
         let rows = self.reading("keyring", self.reader.query_all_raw(statement)).await?;
-        rows.iter()
-            .map(|row| {
-                let kid: String = row.try_get_by_index(0).map_err(translate)?;
-                let kid = kid.bytes().next().and_then(Kid::from_byte).ok_or_else(|| damaged("keyring.kid"))?;
-                Ok((kid, row.try_get_by_index(1).map_err(translate)?))
-            })
-            .collect()
+        rows.iter().map(known_key).collect()
     }
 
     /// Runs a read in its turn and in bounded time.
@@ -450,65 +384,45 @@ impl Store {
     }
 }
 
-/// Connections to a PostgreSQL that takes changes.
-async fn connect_pool(url: &str) -> std::result::Result<DatabaseConnection, String> {
-    let failed = |error: DbErr| refused(&error);
-    let mut options = ConnectOptions::new(url);
-    options
-        .max_connections(POSTGRES_CONNECTIONS)
-        .min_connections(2)
-        .connect_timeout(ACQUIRE_TIMEOUT)
-        .acquire_timeout(ACQUIRE_TIMEOUT)
-        .idle_timeout(None)
-        // With a lifetime sqlx 0.9.0 looks through idle connections now and then, by a count that can have fallen below none: it then looks for ever
-        // (https://github.com/transact-rs/sqlx/issues/3645).
-        .max_lifetime(None)
-        .test_before_acquire_if_idle_for(Duration::from_secs(5))
-        .statement_timeout(STATEMENT_TIMEOUT)
-        .set_application_name("keyward")
-        .sqlx_logging(false)
-        .record_stmt_in_spans(false);
-    let pool = Database::connect(options).await.map_err(failed)?;
-    if single::<bool>(&pool, "SELECT pg_is_in_recovery()").await.map_err(failed)? {
-        return Err("database_url leads to a PostgreSQL standby: name the primary".to_owned());
+impl Tx<'_> {
+    async fn known_keys(&self) -> Result<Vec<(Kid, Vec<u8>)>> {
+        let rows = self.bounded(self.inner().query_all_raw(Statement::from_string(self.store().backend(), KNOWN_KEYS))).await?;
+        rows.iter().map(known_key).collect()
     }
-    Ok(pool)
-}
 
-fn refused(error: &DbErr) -> String {
-    format!("PostgreSQL (database_url) does not take our connection: {}", cause(error))
-}
-
-/// A connection that nothing but the lock lives on. Both ends notice within seconds when the other is gone.
-async fn connect_session(url: &str, name: &str) -> std::result::Result<sqlx::PgConnection, sqlx::Error> {
-    let options = url.parse::<sqlx::postgres::PgConnectOptions>()?.application_name(name).options([
-        ("tcp_keepalives_idle", "5"),
-        ("tcp_keepalives_interval", "2"),
-        ("tcp_keepalives_count", "3"),
-        ("tcp_user_timeout", "10000"),
-    ]);
-    sqlx::PgConnection::connect_with(&options).await
-}
-
-/// Takes the lock that keeps a second server away, for as long as the connection lives. Says whether it was free. If a connection of our own that we have
-/// lost still holds it, PostgreSQL is told that it is gone.
-async fn take_lock(session: &mut sqlx::PgConnection) -> std::result::Result<bool, sqlx::Error> {
-    const ATTEMPTS: u32 = 20;
-    for _ in 0..ATTEMPTS {
-        if sqlx::query_scalar("SELECT pg_try_advisory_lock($1)").bind(LOCK_SERVE).fetch_one(&mut *session).await? {
-            return Ok(true);
+    async fn add_keys(self, keyring: &Keyring) -> Result<()> {
+        for (kid, _, fingerprint) in &keyring.fingerprints() {
+            let sql = "INSERT INTO keyring (kid, fingerprint) VALUES ($1, $2) ON CONFLICT (kid) DO NOTHING";
+            self.execute(sql, vec![kid.as_char().to_string().into(), fingerprint.as_bytes().to_vec().into()]).await?;
         }
-        let ended = sqlx::query(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = current_setting('application_name') \
-             AND usename = current_user AND pid <> pg_backend_pid()",
-        );
-        if ended.fetch_all(&mut *session).await?.is_empty() {
-            // None of ours is left; the last may just have gone.
-            return sqlx::query_scalar("SELECT pg_try_advisory_lock($1)").bind(LOCK_SERVE).fetch_one(&mut *session).await;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        // Nothing is logged, so that it does not matter when.
+        self.commit(Time::from_micros(0)).await
     }
-    Ok(false)
+}
+
+const KNOWN_KEYS: &str = "SELECT kid, fingerprint FROM keyring ORDER BY kid";
+
+fn known_key(row: &sea_orm::QueryResult) -> Result<(Kid, Vec<u8>)> {
+    let kid: String = row.try_get_by_index(0).map_err(translate)?;
+    let kid = kid.bytes().next().and_then(Kid::from_byte).ok_or_else(|| damaged("keyring.kid"))?;
+    Ok((kid, row.try_get_by_index(1).map_err(translate)?))
+}
+
+/// Why a keyring does not fit to the keys that the store knows of.
+fn keyring_mistake(keyring: &Keyring, known: &[(Kid, Vec<u8>)]) -> Option<String> {
+    let fingerprints = keyring.fingerprints();
+    let ours = |kid: Kid| fingerprints.iter().find(|(other, ..)| *other == kid).map(|(.., fingerprint)| fingerprint);
+    let foreign = known.iter().any(|(kid, bytes)| ours(*kid).is_some_and(|fingerprint| fingerprint.as_bytes() != bytes));
+    let stranger = !known.is_empty() && known.iter().all(|(kid, _)| ours(*kid).is_none());
+    if foreign || stranger {
+        let mistake = "the keyring is not the one that this database's tokens were made with, and every token would look forged: \
+                       put the right keyring file in its place (setting keyring_file); all servers of a database have the same";
+        return Some(mistake.to_owned());
+    }
+    for (kid, _) in known.iter().filter(|(kid, _)| ours(*kid).is_none()) {
+        tracing::warn!(kid = %kid.as_char(), "a key was removed from the keyring: tokens made with it are unknown from now on");
+    }
+    None
 }
 
 /// Takes the lock on the folder of the database, so that no second process writes to it.

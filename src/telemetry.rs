@@ -9,7 +9,10 @@
 
 mod lanes;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
@@ -18,7 +21,7 @@ use prometheus_client::{
 };
 use tracing_subscriber::EnvFilter;
 
-use crate::{config::LogFormat, grant::Verdict, notice::Channel, notices, retention::Removed, validator::Stats};
+use crate::{config::LogFormat, fence, grant::Verdict, notice::Channel, notices, retention::Removed, validator::Stats};
 use lanes::Lanes;
 
 /// The version of this program.
@@ -142,6 +145,13 @@ pub struct Metrics {
     cached_bytes: Gauge,
     flights: Gauge,
     usage_backlog: Gauge,
+    head: Gauge,
+    acknowledged: Gauge,
+    lease: Gauge<f64, AtomicU64>,
+    replicas: Gauge,
+    behind: Gauge,
+    barrier: Histogram,
+    pending: Counter,
 }
 
 impl Metrics {
@@ -167,6 +177,13 @@ impl Metrics {
             cached_bytes: Gauge::default(),
             flights: Gauge::default(),
             usage_backlog: Gauge::default(),
+            head: Gauge::default(),
+            acknowledged: Gauge::default(),
+            lease: Gauge::default(),
+            replicas: Gauge::default(),
+            behind: Gauge::default(),
+            barrier: latency(),
+            pending: Counter::default(),
             registry: Registry::default(),
         };
         registry.register("build", "The running version", Info::new([("version", VERSION)]));
@@ -201,6 +218,17 @@ impl Metrics {
             "Upper bound of the tokens whose uses are not written yet",
             metrics.usage_backlog.clone(),
         );
+        registry.register("fence_head", "The number of the last change that this server has heard of", metrics.head.clone());
+        registry.register("fence_acknowledged", "The number up to which it has confirmed changes", metrics.acknowledged.clone());
+        registry.register(
+            "fence_lease_seconds",
+            "For how much longer it may answer from memory; less than nothing: without end",
+            metrics.lease.clone(),
+        );
+        registry.register("fence_replicas", "The servers that changes wait for", metrics.replicas.clone());
+        registry.register("fence_replicas_behind", "Those of them that have not confirmed the last change", metrics.behind.clone());
+        registry.register("fence_barrier_seconds", "How long changes waited for the other servers", metrics.barrier.clone());
+        registry.register("fence_pending", "Changes that were answered before every server had confirmed them", metrics.pending.clone());
         Self { registry, ..metrics }
     }
 
@@ -224,6 +252,14 @@ impl Metrics {
         self.shed.inc();
     }
 
+    /// A change has waited for the other servers.
+    pub fn barrier(&self, elapsed: Duration, is_complete: bool) {
+        self.barrier.observe(elapsed.as_secs_f64());
+        if !is_complete {
+            self.pending.inc();
+        }
+    }
+
     /// One refused call was left out of the audit's sample.
     pub fn unsampled(&self) {
         self.unsampled.inc();
@@ -241,7 +277,14 @@ impl Metrics {
     ///
     /// # Errors
     /// If a number cannot be written as text, which it can.
-    pub fn page(&self, stats: Stats, usage_backlog: usize, removed: Removed, notices: &notices::Stats) -> Result<String, std::fmt::Error> {
+    pub fn page(
+        &self,
+        stats: Stats,
+        usage_backlog: usize,
+        removed: Removed,
+        notices: &notices::Stats,
+        fence: fence::Stats,
+    ) -> Result<String, std::fmt::Error> {
         use std::sync::atomic::Ordering::Relaxed;
         let count = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
         self.cache_hits.inner().store(stats.hits, Relaxed);
@@ -253,6 +296,11 @@ impl Metrics {
         for (kind, rows) in [("token", removed.tokens), ("workspace", removed.workspaces), ("audit_event", removed.audit_events)] {
             self.removed.get_or_create(&KindLabels { kind }).inner().store(rows, Relaxed);
         }
+        self.head.set(fence.head);
+        self.acknowledged.set(fence.acknowledged);
+        self.lease.set(fence.lease.map_or(-1.0, |left| left.as_secs_f64()));
+        self.replicas.set(count(fence.replicas));
+        self.behind.set(count(fence.behind));
         self.notices(notices);
         let mut text = String::new();
         encode(&mut text, &self.registry)?;

@@ -7,6 +7,7 @@ use prost_types::{Duration as WireDuration, Timestamp};
 use crate::{
     ambient::Time,
     error::Violations,
+    fence::Propagation,
     grant::{Kind, ShownState, Token, Verdict},
     issuer::{self, Grace},
     notice::Event,
@@ -166,9 +167,23 @@ pub(super) fn scope_texts<'a>(scopes: impl IntoIterator<Item = &'a Scope>) -> Ve
     scopes.into_iter().map(|scope| scope.as_str().to_owned()).collect()
 }
 
-/// The change is in force: it was announced before this answer was made.
+/// Nothing hangs on the change that any server keeps.
 pub(super) fn complete() -> proto::Propagation {
-    proto::Propagation { state: proto::PropagationState::Complete.into(), complete_by: None }
+    propagation(Propagation::Complete)
+}
+
+/// How far a change has got.
+pub(super) fn propagation(propagation: Propagation) -> proto::Propagation {
+    match propagation {
+        Propagation::Complete => {
+            proto::Propagation { state: proto::PropagationState::Complete.into(), complete_by: None, replicas: Vec::new() }
+        }
+        Propagation::Pending { complete_by, replicas } => proto::Propagation {
+            state: proto::PropagationState::Pending.into(),
+            complete_by: complete_by.and_then(timestamp),
+            replicas,
+        },
+    }
 }
 
 /// A token as it is at this instant.

@@ -449,13 +449,21 @@ impl Gate {
         if deadline.is_zero() {
             return status::deadline_exceeded().into_http();
         }
-        let work = async { self.pass(method, request, peer, who).await.unwrap_or_else(Status::into_http) };
+        let begun = Stopwatch::start();
+        let work = async { self.pass(method, request, peer, (begun, deadline), who).await.unwrap_or_else(Status::into_http) };
         timeout(deadline, work).await.unwrap_or_else(|_| status::deadline_exceeded().into_http())
     }
 
     /// Lets a call through to its handler. The caller is judged twice: before a byte of the message is read, and again when the whole of it is
     /// there, since a message may be long on its way and its caller revoked meanwhile.
-    async fn pass<B>(&self, method: Method, request: Request<B>, peer: &Peer, who: &mut Option<Caller>) -> Result<Response<Body>, Status>
+    async fn pass<B>(
+        &self,
+        method: Method,
+        request: Request<B>,
+        peer: &Peer,
+        deadline: (Stopwatch, Duration),
+        who: &mut Option<Caller>,
+    ) -> Result<Response<Body>, Status>
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -482,7 +490,7 @@ impl Gate {
                 return Err(status::overloaded("this workspace retries too many notices; try again in a minute".to_owned()));
             }
             request.headers_mut().remove(AUTHORIZATION);
-            request.extensions_mut().insert(call);
+            request.extensions_mut().insert(Call { deadline, ..call });
         }
         Ok(self.route(request).await)
     }
@@ -509,7 +517,7 @@ impl Gate {
         let now = self.clock.now();
         let address = Some(peer.address.ip().to_canonical());
         if method.access == Access::Public {
-            return Ok(Some(Call { caller: Caller::nobody(address), now }));
+            return Ok(Some(Call { caller: Caller::nobody(address), now, deadline: (Stopwatch::start(), self.limits.deadline_max) }));
         }
         let identity = match (bearer(headers)?, &peer.certificate) {
             (Some(text), _) => self.api.validator.identify(text, address, judge == Judge::BeforeTheMessage, now).await?,
@@ -525,7 +533,7 @@ impl Gate {
         };
         *who = Some(caller.clone());
         caller.authorize(method.access)?;
-        Ok(Some(Call { caller, now }))
+        Ok(Some(Call { caller, now, deadline: (Stopwatch::start(), self.limits.deadline_max) }))
     }
 
     async fn route<B>(&self, request: Request<B>) -> Response<Body>

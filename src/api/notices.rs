@@ -32,7 +32,7 @@ impl NoticeService for Api {
     }
 
     async fn acknowledge_fault(&self, request: Request<proto::AcknowledgeFaultRequest>) -> Answer<proto::AcknowledgeFaultResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, .. }, message) = call(request)?;
         let fault = self.notices.acknowledge(&caller, &message.id, now).await?;
         Ok(Response::new(proto::AcknowledgeFaultResponse { fault: Some(shown_fault(fault)), propagation: Some(convert::complete()) }))
     }
@@ -55,13 +55,13 @@ impl NoticeService for Api {
     }
 
     async fn retry_notice(&self, request: Request<proto::RetryNoticeRequest>) -> Answer<proto::RetryNoticeResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, .. }, message) = call(request)?;
         let notice = self.notices.retry(&caller, &message.id, now).await?;
         Ok(Response::new(proto::RetryNoticeResponse { notice: Some(shown(notice)), propagation: Some(convert::complete()) }))
     }
 
     async fn send_test_notice(&self, request: Request<proto::SendTestNoticeRequest>) -> Answer<proto::SendTestNoticeResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, .. }, message) = call(request)?;
         let deliveries = self.notices.test(&caller, &message.workspace, now).await?;
         Ok(Response::new(proto::SendTestNoticeResponse { deliveries: deliveries.into_iter().map(shown_delivery).collect() }))
     }
@@ -70,7 +70,7 @@ impl NoticeService for Api {
         &self,
         request: Request<proto::RotateWebhookSecretRequest>,
     ) -> Answer<proto::RotateWebhookSecretResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, .. }, message) = call(request)?;
         let (secret, previous_expire_time) = self.notices.rotate_secret(&caller, &message.workspace, now).await?;
         Ok(Response::new(proto::RotateWebhookSecretResponse {
             webhook_secret: secret.text().reveal().to_owned(),

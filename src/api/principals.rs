@@ -15,12 +15,12 @@ type Answer<T> = Result<Response<T>, Status>;
 #[tonic::async_trait]
 impl PrincipalService for Api {
     async fn upsert_principal(&self, request: Request<proto::UpsertPrincipalRequest>) -> Answer<proto::UpsertPrincipalResponse> {
-        let (Call { caller, now }, message) = call(request)?;
-        let (principal, created) = self.directory.upsert_principal(caller, input(message.principal.unwrap_or_default()), now).await?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
+        let ((principal, created), propagation) = self.in_force(self.directory.upsert_principal(caller, input(message.principal.unwrap_or_default()), now).await?, deadline).await;
         Ok(Response::new(proto::UpsertPrincipalResponse {
             principal: Some(shown(principal)),
             created,
-            propagation: Some(convert::complete()),
+            propagation,
         }))
     }
 
@@ -42,26 +42,26 @@ impl PrincipalService for Api {
     }
 
     async fn suspend_principal(&self, request: Request<proto::SuspendPrincipalRequest>) -> Answer<proto::SuspendPrincipalResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
         let target = PrincipalTarget { workspace: message.workspace, id: message.id, etag: message.etag };
-        let principal = self.directory.suspend_principal(caller, target, &message.reason, now).await?;
-        Ok(Response::new(proto::SuspendPrincipalResponse { principal: Some(shown(principal)), propagation: Some(convert::complete()) }))
+        let (principal, propagation) = self.in_force(self.directory.suspend_principal(caller, target, &message.reason, now).await?, deadline).await;
+        Ok(Response::new(proto::SuspendPrincipalResponse { principal: Some(shown(principal)), propagation }))
     }
 
     async fn resume_principal(&self, request: Request<proto::ResumePrincipalRequest>) -> Answer<proto::ResumePrincipalResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
         let target = PrincipalTarget { workspace: message.workspace, id: message.id, etag: message.etag };
-        let principal = self.directory.resume_principal(caller, target, now).await?;
-        Ok(Response::new(proto::ResumePrincipalResponse { principal: Some(shown(principal)), propagation: Some(convert::complete()) }))
+        let (principal, propagation) = self.in_force(self.directory.resume_principal(caller, target, now).await?, deadline).await;
+        Ok(Response::new(proto::ResumePrincipalResponse { principal: Some(shown(principal)), propagation }))
     }
 
     async fn delete_principal(&self, request: Request<proto::DeletePrincipalRequest>) -> Answer<proto::DeletePrincipalResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
         let target = PrincipalTarget { workspace: message.workspace, id: message.id, etag: message.etag };
-        let revoked = self.directory.delete_principal(caller, target, &message.reason, now).await?;
+        let (revoked, propagation) = self.in_force(self.directory.delete_principal(caller, target, &message.reason, now).await?, deadline).await;
         Ok(Response::new(proto::DeletePrincipalResponse {
             revoked_count: i32::try_from(revoked).unwrap_or(i32::MAX),
-            propagation: Some(convert::complete()),
+            propagation,
         }))
     }
 }

@@ -15,7 +15,7 @@ type Answer<T> = Result<Response<T>, Status>;
 #[tonic::async_trait]
 impl SelfService for Api {
     async fn who_am_i(&self, request: Request<proto::WhoAmIRequest>) -> Answer<proto::WhoAmIResponse> {
-        let (Call { caller, now }, _) = call(request)?;
+        let (Call { caller, now, .. }, _) = call(request)?;
         let token = match caller.token_id {
             Some(_) => Some(convert::token(self.issuer.presented(&caller).await?, now)),
             None => None,
@@ -29,7 +29,7 @@ impl SelfService for Api {
     }
 
     async fn list_my_tokens(&self, request: Request<proto::ListMyTokensRequest>) -> Answer<proto::ListMyTokensResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, .. }, message) = call(request)?;
         let mut violations = Violations::default();
         let mine = ListRequest {
             workspace: caller.workspace.to_string(),
@@ -50,32 +50,32 @@ impl SelfService for Api {
     }
 
     async fn regenerate_self(&self, request: Request<proto::RegenerateSelfRequest>) -> Answer<proto::RegenerateSelfResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
         let request = RequestId { id: message.request_id.clone(), request: prost::Message::encode_to_vec(&message) };
         let grace = convert::grace(message.grace.as_ref());
-        let done = self.issuer.regenerate_self(caller, grace, request, now).await?;
+        let (done, propagation) = self.in_force(self.issuer.regenerate_self(caller, grace, request, now).await?, deadline).await;
         Ok(Response::new(proto::RegenerateSelfResponse {
             token: Some(convert::token(done.token, now)),
             secret: done.secret.reveal().to_owned(),
-            propagation: Some(convert::complete()),
+            propagation,
             grace_time: done.grace_time.and_then(convert::timestamp),
         }))
     }
 
     async fn revoke_self(&self, request: Request<proto::RevokeSelfRequest>) -> Answer<proto::RevokeSelfResponse> {
-        let (Call { caller, now }, message) = call(request)?;
-        let token = self.issuer.revoke_self(caller, &message.reason, now).await?;
-        Ok(Response::new(proto::RevokeSelfResponse { token: Some(convert::token(token, now)), propagation: Some(convert::complete()) }))
+        let (Call { caller, now, deadline }, message) = call(request)?;
+        let (token, propagation) = self.in_force(self.issuer.revoke_self(caller, &message.reason, now).await?, deadline).await;
+        Ok(Response::new(proto::RevokeSelfResponse { token: Some(convert::token(token, now)), propagation }))
     }
 
     async fn create_my_token(&self, request: Request<proto::CreateMyTokenRequest>) -> Answer<proto::CreateMyTokenResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
         let request = RequestId { id: message.request_id.clone(), request: prost::Message::encode_to_vec(&message) };
-        let (token, secret) = self.issuer.create_own(caller, my_token(message), request, now).await?;
+        let ((token, secret), propagation) = self.in_force(self.issuer.create_own(caller, my_token(message), request, now).await?, deadline).await;
         Ok(Response::new(proto::CreateMyTokenResponse {
             token: Some(convert::token(token, now)),
             secret: secret.reveal().to_owned(),
-            propagation: Some(convert::complete()),
+            propagation,
         }))
     }
 
@@ -83,7 +83,7 @@ impl SelfService for Api {
         &self,
         request: Request<proto::IssueTemporaryTokenRequest>,
     ) -> Answer<proto::IssueTemporaryTokenResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
         let request = RequestId { id: message.request_id.clone(), request: prost::Message::encode_to_vec(&message) };
         let mut violations = Violations::default();
         let new = NewToken {
@@ -94,25 +94,25 @@ impl SelfService for Api {
             session_id: message.session_id,
             ..NewToken::default()
         };
-        let (token, secret) = self.issuer.issue_temporary(caller, NewToken { violations, ..new }, request, now).await?;
+        let ((token, secret), propagation) = self.in_force(self.issuer.issue_temporary(caller, NewToken { violations, ..new }, request, now).await?, deadline).await;
         Ok(Response::new(proto::IssueTemporaryTokenResponse {
             token: Some(convert::token(token, now)),
             secret: secret.reveal().to_owned(),
-            propagation: Some(convert::complete()),
+            propagation,
         }))
     }
 
     async fn end_session(&self, request: Request<proto::EndSessionRequest>) -> Answer<proto::EndSessionResponse> {
-        let (Call { caller, now }, message) = call(request)?;
-        let revoked = self.issuer.end_session(caller, &message.workspace, &message.session_id, now).await?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
+        let (revoked, propagation) = self.in_force(self.issuer.end_session(caller, &message.workspace, &message.session_id, now).await?, deadline).await;
         Ok(Response::new(proto::EndSessionResponse {
             revoked_count: i32::try_from(revoked).unwrap_or(i32::MAX),
-            propagation: Some(convert::complete()),
+            propagation,
         }))
     }
 
     async fn report_leaked_tokens(&self, request: Request<proto::ReportLeakedTokensRequest>) -> Answer<proto::ReportLeakedTokensResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, .. }, message) = call(request)?;
         self.issuer.report_leaked(&message.tokens, caller.address, now).await?;
         Ok(Response::new(proto::ReportLeakedTokensResponse {}))
     }

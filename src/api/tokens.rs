@@ -16,24 +16,24 @@ type Answer<T> = Result<Response<T>, Status>;
 #[tonic::async_trait]
 impl TokenService for Api {
     async fn create_token(&self, request: Request<proto::CreateTokenRequest>) -> Answer<proto::CreateTokenResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
         let request = RequestId { id: message.request_id.clone(), request: prost::Message::encode_to_vec(&message) };
-        let (token, secret) = self.issuer.create(caller, new_token(message), request, now).await?;
+        let ((token, secret), propagation) = self.in_force(self.issuer.create(caller, new_token(message), request, now).await?, deadline).await;
         Ok(Response::new(proto::CreateTokenResponse {
             token: Some(convert::token(token, now)),
             secret: secret.reveal().to_owned(),
-            propagation: Some(convert::complete()),
+            propagation,
         }))
     }
 
     async fn get_token(&self, request: Request<proto::GetTokenRequest>) -> Answer<proto::GetTokenResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, .. }, message) = call(request)?;
         let token = self.issuer.get(&caller, &message.id).await?;
         Ok(Response::new(proto::GetTokenResponse { token: Some(convert::token(token, now)) }))
     }
 
     async fn list_tokens(&self, request: Request<proto::ListTokensRequest>) -> Answer<proto::ListTokensResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, .. }, message) = call(request)?;
         let (tokens, next) = self.issuer.list(&caller, list_request(message), now).await?;
         Ok(Response::new(proto::ListTokensResponse {
             tokens: tokens.into_iter().map(|token| convert::token(token, now)).collect(),
@@ -42,65 +42,66 @@ impl TokenService for Api {
     }
 
     async fn update_token(&self, request: Request<proto::UpdateTokenRequest>) -> Answer<proto::UpdateTokenResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
         let (target, patch) = patch(message);
-        let token = self.issuer.update(caller, target, patch, now).await?;
-        Ok(Response::new(proto::UpdateTokenResponse { token: Some(convert::token(token, now)), propagation: Some(convert::complete()) }))
+        let (token, propagation) = self.in_force(self.issuer.update(caller, target, patch, now).await?, deadline).await;
+        Ok(Response::new(proto::UpdateTokenResponse { token: Some(convert::token(token, now)), propagation }))
     }
 
     async fn activate_token(&self, request: Request<proto::ActivateTokenRequest>) -> Answer<proto::ActivateTokenResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
         let target = Target { id: message.id, etag: message.etag };
-        let token = self.issuer.activate(caller, target, now).await?;
-        Ok(Response::new(proto::ActivateTokenResponse { token: Some(convert::token(token, now)), propagation: Some(convert::complete()) }))
+        let (token, propagation) = self.in_force(self.issuer.activate(caller, target, now).await?, deadline).await;
+        Ok(Response::new(proto::ActivateTokenResponse { token: Some(convert::token(token, now)), propagation }))
     }
 
     async fn deactivate_token(&self, request: Request<proto::DeactivateTokenRequest>) -> Answer<proto::DeactivateTokenResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
         let target = Target { id: message.id, etag: message.etag };
-        let token = self.issuer.deactivate(caller, target, now).await?;
+        let (token, propagation) = self.in_force(self.issuer.deactivate(caller, target, now).await?, deadline).await;
         Ok(Response::new(proto::DeactivateTokenResponse {
             token: Some(convert::token(token, now)),
-            propagation: Some(convert::complete()),
+            propagation,
         }))
     }
 
     async fn revoke_token(&self, request: Request<proto::RevokeTokenRequest>) -> Answer<proto::RevokeTokenResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
         let target = Target { id: message.id, etag: message.etag };
-        let token = self.issuer.revoke(caller, target, &message.reason, now).await?;
-        Ok(Response::new(proto::RevokeTokenResponse { token: Some(convert::token(token, now)), propagation: Some(convert::complete()) }))
+        let (token, propagation) = self.in_force(self.issuer.revoke(caller, target, &message.reason, now).await?, deadline).await;
+        Ok(Response::new(proto::RevokeTokenResponse { token: Some(convert::token(token, now)), propagation }))
     }
 
     async fn regenerate_token(&self, request: Request<proto::RegenerateTokenRequest>) -> Answer<proto::RegenerateTokenResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
         let request = RequestId { id: message.request_id.clone(), request: prost::Message::encode_to_vec(&message) };
         let grace = convert::grace(message.grace.as_ref());
         let target = Target { id: message.id, etag: message.etag };
-        let done = self.issuer.regenerate(caller, target, grace, request, now).await?;
+        let (done, propagation) = self.in_force(self.issuer.regenerate(caller, target, grace, request, now).await?, deadline).await;
         Ok(Response::new(proto::RegenerateTokenResponse {
             token: Some(convert::token(done.token, now)),
             secret: done.secret.reveal().to_owned(),
-            propagation: Some(convert::complete()),
+            propagation,
             grace_time: done.grace_time.and_then(convert::timestamp),
         }))
     }
 
     async fn delete_token(&self, request: Request<proto::DeleteTokenRequest>) -> Answer<proto::DeleteTokenResponse> {
-        let (Call { caller, now }, message) = call(request)?;
-        self.issuer.delete(caller, Target { id: message.id, etag: message.etag }, now).await?;
-        Ok(Response::new(proto::DeleteTokenResponse { propagation: Some(convert::complete()) }))
+        let (Call { caller, now, deadline }, message) = call(request)?;
+        let deleted = self.issuer.delete(caller, Target { id: message.id, etag: message.etag }, now).await?;
+        let ((), propagation) = self.in_force(deleted, deadline).await;
+        Ok(Response::new(proto::DeleteTokenResponse { propagation }))
     }
 
     async fn revoke_principal_tokens(
         &self,
         request: Request<proto::RevokePrincipalTokensRequest>,
     ) -> Answer<proto::RevokePrincipalTokensResponse> {
-        let (Call { caller, now }, message) = call(request)?;
-        let revoked = self.issuer.revoke_principal(caller, &message.workspace, &message.principal, &message.reason, now).await?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
+        let (revoked, propagation) = self.in_force(self.issuer.revoke_principal(caller, &message.workspace, &message.principal, &message.reason, now).await?, deadline).await;
         Ok(Response::new(proto::RevokePrincipalTokensResponse {
             revoked_count: i32::try_from(revoked).unwrap_or(i32::MAX),
-            propagation: Some(convert::complete()),
+            propagation,
         }))
     }
 }

@@ -28,7 +28,7 @@ impl ValidationService for Api {
     }
 
     async fn validate_token(&self, request: Request<proto::ValidateTokenRequest>) -> Answer<proto::ValidateTokenResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, .. }, message) = call(request)?;
         let mut violations = Violations::default();
         let scopes = required_scopes("", &message, &mut violations);
         let question = question("", &message, &scopes, caller.validation_reach(), &mut violations);
@@ -41,7 +41,7 @@ impl ValidationService for Api {
         &self,
         request: Request<proto::BatchValidateTokensRequest>,
     ) -> Answer<proto::BatchValidateTokensResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, .. }, message) = call(request)?;
         if !(1..=BATCH_MAX).contains(&message.requests.len()) {
             let rule = format!("must hold 1 to {BATCH_MAX} entries; it has {}", message.requests.len());
             return Err(Error::invalid("requests", rule).into());

@@ -17,7 +17,7 @@ type Answer<T> = Result<Response<T>, Status>;
 #[tonic::async_trait]
 impl WorkspaceService for Api {
     async fn create_workspace(&self, request: Request<proto::CreateWorkspaceRequest>) -> Answer<proto::CreateWorkspaceResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
         let message = message.workspace.unwrap_or_default();
         let mut violations = Violations::default();
         let patch = WorkspacePatch {
@@ -28,8 +28,8 @@ impl WorkspaceService for Api {
             notices: message.notices.map(|notices| whole_notices(&notices, &mut violations)).unwrap_or_default(),
             violations: Violations::default(),
         };
-        let workspace = self.directory.create_workspace(caller, &message.id, WorkspacePatch { violations, ..patch }, now).await?;
-        Ok(Response::new(proto::CreateWorkspaceResponse { workspace: Some(shown(workspace)), propagation: Some(convert::complete()) }))
+        let (workspace, propagation) = self.in_force(self.directory.create_workspace(caller, &message.id, WorkspacePatch { violations, ..patch }, now).await?, deadline).await;
+        Ok(Response::new(proto::CreateWorkspaceResponse { workspace: Some(shown(workspace)), propagation }))
     }
 
     async fn get_workspace(&self, request: Request<proto::GetWorkspaceRequest>) -> Answer<proto::GetWorkspaceResponse> {
@@ -50,31 +50,32 @@ impl WorkspaceService for Api {
     }
 
     async fn update_workspace(&self, request: Request<proto::UpdateWorkspaceRequest>) -> Answer<proto::UpdateWorkspaceResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
         let (target, patch) = patch(message);
-        let workspace = self.directory.update_workspace(caller, target, patch, now).await?;
-        Ok(Response::new(proto::UpdateWorkspaceResponse { workspace: Some(shown(workspace)), propagation: Some(convert::complete()) }))
+        let (workspace, propagation) = self.in_force(self.directory.update_workspace(caller, target, patch, now).await?, deadline).await;
+        Ok(Response::new(proto::UpdateWorkspaceResponse { workspace: Some(shown(workspace)), propagation }))
     }
 
     async fn suspend_workspace(&self, request: Request<proto::SuspendWorkspaceRequest>) -> Answer<proto::SuspendWorkspaceResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
         let target = WorkspaceTarget { id: message.id, etag: message.etag };
-        let workspace = self.directory.suspend_workspace(caller, target, &message.reason, now).await?;
-        Ok(Response::new(proto::SuspendWorkspaceResponse { workspace: Some(shown(workspace)), propagation: Some(convert::complete()) }))
+        let (workspace, propagation) = self.in_force(self.directory.suspend_workspace(caller, target, &message.reason, now).await?, deadline).await;
+        Ok(Response::new(proto::SuspendWorkspaceResponse { workspace: Some(shown(workspace)), propagation }))
     }
 
     async fn resume_workspace(&self, request: Request<proto::ResumeWorkspaceRequest>) -> Answer<proto::ResumeWorkspaceResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
         let target = WorkspaceTarget { id: message.id, etag: message.etag };
-        let workspace = self.directory.resume_workspace(caller, target, now).await?;
-        Ok(Response::new(proto::ResumeWorkspaceResponse { workspace: Some(shown(workspace)), propagation: Some(convert::complete()) }))
+        let (workspace, propagation) = self.in_force(self.directory.resume_workspace(caller, target, now).await?, deadline).await;
+        Ok(Response::new(proto::ResumeWorkspaceResponse { workspace: Some(shown(workspace)), propagation }))
     }
 
     async fn delete_workspace(&self, request: Request<proto::DeleteWorkspaceRequest>) -> Answer<proto::DeleteWorkspaceResponse> {
-        let (Call { caller, now }, message) = call(request)?;
+        let (Call { caller, now, deadline }, message) = call(request)?;
         let target = WorkspaceTarget { id: message.id, etag: message.etag };
-        self.directory.delete_workspace(caller, target, &message.reason, now).await?;
-        Ok(Response::new(proto::DeleteWorkspaceResponse { propagation: Some(convert::complete()) }))
+        let deleted = self.directory.delete_workspace(caller, target, &message.reason, now).await?;
+        let ((), propagation) = self.in_force(deleted, deadline).await;
+        Ok(Response::new(proto::DeleteWorkspaceResponse { propagation }))
     }
 }
 

@@ -97,21 +97,19 @@ async fn run(config: &Config) -> Result<(), String> {
         shown.map_err(|error| format!("the root token cannot be shown on standard output: {error}; nothing was created"))
     };
     let server = Server::start(config, Clock::system(), Limits::default(), show).await?;
-    let lost = wait(&server, &mut terminate, &mut interrupt, &mut hangup).await;
+    wait(&server, &mut terminate, &mut interrupt, &mut hangup).await;
     tokio::select! {
-        stopped = server.stop() => stopped?,
-        _ = interrupt.recv() => return Err("interrupted twice: stopped without waiting for what was under way".to_owned()),
+        stopped = server.stop() => stopped,
+        _ = interrupt.recv() => Err("interrupted twice: stopped without waiting for what was under way".to_owned()),
     }
-    if lost { Err("another keyward has taken this database".to_owned()) } else { Ok(()) }
 }
 
-/// Waits for the wish to stop, or for the loss of the database; says whether it was the latter.
-async fn wait(server: &Server, terminate: &mut Signal, interrupt: &mut Signal, hangup: &mut Signal) -> bool {
+/// Waits for the wish to stop.
+async fn wait(server: &Server, terminate: &mut Signal, interrupt: &mut Signal, hangup: &mut Signal) {
     loop {
         tokio::select! {
-            _ = terminate.recv() => return false,
-            _ = interrupt.recv() => return false,
-            () = server.lost() => return true,
+            _ = terminate.recv() => return,
+            _ = interrupt.recv() => return,
             _ = hangup.recv() => match server.reload() {
                 Ok(_) => tracing::info!("the certificates were read again"),
                 Err(error) => tracing::error!(%error, "the certificates on disk cannot be used; those from before stay"),

@@ -7,7 +7,7 @@ use crate::{
     ambient::Time,
     caller::Caller,
     error::{Error, Result, Violations},
-    fence::RootWatch,
+    fence::{Changed, RootWatch},
     grant::Subject,
     issuer::{self, Ending},
     rules,
@@ -49,7 +49,7 @@ impl Directory {
     ///
     /// # Errors
     /// `Invalid`, `Denied` (the caller would raise its own role), `NotFound` (the workspace), `Conflict`, `Unavailable`, `Overloaded`.
-    pub async fn upsert_principal(self: &Arc<Self>, caller: Caller, input: PrincipalInput, now: Time) -> Result<(Principal, bool)> {
+    pub async fn upsert_principal(self: &Arc<Self>, caller: Caller, input: PrincipalInput, now: Time) -> Result<Changed<(Principal, bool)>> {
         let workspace = caller.workspace(&input.target.workspace)?.to_owned();
         let mut violations = input.violations;
         let id = violations.take("principal.id", rules::principal(&input.target.id));
@@ -64,7 +64,7 @@ impl Directory {
         self.fence.run(async move { directory.upsert_now(&caller, wished, &etag, now).await }).await
     }
 
-    async fn upsert_now(self: &Arc<Self>, caller: &Caller, wished: Principal, etag: &str, now: Time) -> Result<(Principal, bool)> {
+    async fn upsert_now(self: &Arc<Self>, caller: &Caller, wished: Principal, etag: &str, now: Time) -> Result<Changed<(Principal, bool)>> {
         let mut tx = self.store.begin_change_by(caller, now).await?;
         tx.brief(&wished.workspace).await?.ok_or(Error::NotFound("workspace"))?;
         let before = tx.principal(&wished.workspace, &wished.id).await?;
@@ -93,14 +93,12 @@ impl Directory {
             }
             None => {}
             Some(before) if is_same(before, &after) => {
-                self.fence.bury(&[subject(before)]);
-                return Ok((before.clone(), false));
+                return Ok(self.fence.repeat(&tx, &[subject(before)]).of((before.clone(), false)));
             }
             Some(_) => tx.update_principal(&after).await?,
         }
         tx.audit([event("UpsertPrincipal", caller, &after, "", before.as_ref(), Some(&after), now)]).await?;
-        self.fence.conclude(tx, now).await?;
-        Ok((after, before.is_none()))
+        Ok(self.fence.conclude(tx, now).await?.of((after, before.is_none())))
     }
 
     /// One principal.
@@ -147,7 +145,7 @@ impl Directory {
         target: PrincipalTarget,
         reason: &str,
         now: Time,
-    ) -> Result<Principal> {
+    ) -> Result<Changed<Principal>> {
         self.set_suspended("SuspendPrincipal", caller, target, reason, true, now).await
     }
 
@@ -155,7 +153,7 @@ impl Directory {
     ///
     /// # Errors
     /// As [`Directory::suspend_principal`].
-    pub async fn resume_principal(self: &Arc<Self>, caller: Caller, target: PrincipalTarget, now: Time) -> Result<Principal> {
+    pub async fn resume_principal(self: &Arc<Self>, caller: Caller, target: PrincipalTarget, now: Time) -> Result<Changed<Principal>> {
         self.set_suspended("ResumePrincipal", caller, target, "", false, now).await
     }
 
@@ -167,7 +165,7 @@ impl Directory {
         reason: &str,
         suspended: bool,
         now: Time,
-    ) -> Result<Principal> {
+    ) -> Result<Changed<Principal>> {
         let (workspace, reason) = read_target(&caller, &target, reason)?;
         let directory = Arc::clone(self);
         self.fence
@@ -178,16 +176,14 @@ impl Directory {
                     refuse_self(&caller, &before)?;
                 }
                 if before.suspended == suspended {
-                    directory.fence.bury(&[subject(&before)]);
-                    return Ok(before);
+                    return Ok(directory.fence.repeat(&tx, &[subject(&before)]).of(before));
                 }
                 let after = Principal { suspended, version: before.version + 1, update_time: now, ..before.clone() };
                 let watch = RootWatch::begin(&tx, &caller, now).await?;
                 tx.update_principal(&after).await?;
                 watch.end(&tx).await?;
                 tx.audit([event(method, &caller, &after, &reason, Some(&before), Some(&after), now)]).await?;
-                directory.fence.conclude(tx, now).await?;
-                Ok(after)
+                Ok(directory.fence.conclude(tx, now).await?.of(after))
             })
             .await
     }
@@ -196,7 +192,7 @@ impl Directory {
     ///
     /// # Errors
     /// As [`Directory::suspend_principal`].
-    pub async fn delete_principal(self: &Arc<Self>, caller: Caller, target: PrincipalTarget, reason: &str, now: Time) -> Result<usize> {
+    pub async fn delete_principal(self: &Arc<Self>, caller: Caller, target: PrincipalTarget, reason: &str, now: Time) -> Result<Changed<usize>> {
         let (workspace, reason) = read_target(&caller, &target, reason)?;
         let directory = Arc::clone(self);
         self.fence
@@ -205,7 +201,9 @@ impl Directory {
                 let before = match directory.find(&tx, &caller, &workspace, &target, now).await {
                     Err(error @ Error::NotFound(_)) => {
                         // A call before may have deleted it and failed: what is known of it ends now at the latest.
-                        directory.fence.bury(&[Subject::Principal { workspace, id: target.id }]);
+                        let before = directory.fence.repeat(&tx, &[Subject::Principal { workspace, id: target.id }]);
+                        drop(tx);
+                        directory.fence.await_everywhere(before).await;
                         return Err(error);
                     }
                     found => found?,
@@ -218,8 +216,7 @@ impl Directory {
                 tx.delete_principal(&before).await?;
                 watch.end(&tx).await?;
                 tx.audit([event("DeletePrincipal", &caller, &before, &reason, Some(&before), None, now)]).await?;
-                directory.fence.conclude(tx, now).await?;
-                Ok(live.len())
+                Ok(directory.fence.conclude(tx, now).await?.of(live.len()))
             })
             .await
     }

@@ -17,12 +17,13 @@ use crate::{
     ambient::{self, Time},
     caller::{Access, Caller},
     error::{Error, Result, Violations},
+    fence::Changed,
     grant::{State, Token},
     notice::Event,
     notices::News,
     rules,
     store::Tx,
-    token::{Digest, TokenId},
+    token::Digest,
 };
 
 /// The method by which anybody ends tokens that they hold.
@@ -47,9 +48,7 @@ pub(crate) struct Ending<'a> {
 /// Ends tokens that were read as live, with an audit row for each.
 pub(crate) async fn end_all(tx: &mut Tx<'_>, live: &[(Token, Vec<Digest>)], ending: Ending<'_>, now: Time) -> Result<()> {
     let Ending { method, actor, reason } = ending;
-    let digests: Vec<Digest> = live.iter().flat_map(|(_, digests)| digests).copied().collect();
-    let ids: Vec<TokenId> = live.iter().map(|(token, _)| token.id).collect();
-    tx.revoke_tokens(&ids, reason, &digests, now).await?;
+    tx.revoke_tokens(live, reason, now).await?;
     let told = if method == REPORT { Event::Leaked } else { Event::Revoked };
     let tokens: Vec<&Token> = live.iter().map(|(token, _)| token).collect();
     tell_of(tx, News { event: told, actor, reason }, &tokens, now).await?;
@@ -75,7 +74,7 @@ impl Issuer {
         principal: &str,
         reason: &str,
         now: Time,
-    ) -> Result<usize> {
+    ) -> Result<Changed<usize>> {
         let workspace = caller.workspace(workspace)?.to_owned();
         let mut violations = Violations::default();
         violations.take("principal", rules::principal(principal));
@@ -96,8 +95,7 @@ impl Issuer {
                 let ending = Ending { method: "RevokePrincipalTokens", actor: Some(&caller), reason: &reason };
                 end_all(&mut tx, &live, ending, now).await?;
                 end_watch(watch, &tx).await?;
-                issuer.fence.conclude(tx, now).await?;
-                Ok(live.len())
+                Ok(issuer.fence.conclude(tx, now).await?.of(live.len()))
             })
             .await
     }
@@ -106,7 +104,13 @@ impl Issuer {
     ///
     /// # Errors
     /// `Invalid`, `Denied`, `NotFound` (the workspace), `Precondition` (no session is named, and the caller is bound to none), `Unavailable`, `Overloaded`.
-    pub async fn end_session(self: &Arc<Self>, caller: Caller, workspace: &str, session_id: &str, now: Time) -> Result<usize> {
+    pub async fn end_session(
+        self: &Arc<Self>,
+        caller: Caller,
+        workspace: &str,
+        session_id: &str,
+        now: Time,
+    ) -> Result<Changed<usize>> {
         let workspace = caller.workspace(workspace)?.to_owned();
         rules::session(session_id).map_err(|rule| Error::invalid("session_id", rule))?;
         let own = if caller.token_id.is_some() { self.presented(&caller).await?.session_id } else { String::new() };
@@ -141,8 +145,7 @@ impl Issuer {
                     end_watch(watch, &tx).await?;
                     ended += live.len();
                 }
-                issuer.fence.conclude(tx, now).await?;
-                Ok(ended)
+                Ok(issuer.fence.conclude(tx, now).await?.of(ended))
             })
             .await
     }
@@ -187,7 +190,7 @@ impl Issuer {
             let Some((token, known, is_present)) = tx.token_of_digest(digest).await? else { continue };
             if !is_present {
                 // Whoever regenerated the token may have done so because of the leak: the new secret stays.
-                tx.end_grace(token.id, &known).await?;
+                tx.end_grace(&token, &known).await?;
                 tx.audit([event(ending.method, ending.actor, &token, ending.reason, Some(&token), Some(&token), now)]).await?;
             } else if token.state != State::Revoked {
                 live.entry(token.workspace.clone()).or_default().push((token, known));
@@ -196,7 +199,7 @@ impl Issuer {
         for live in live.values() {
             end_all(&mut tx, live, ending, now).await?;
         }
-        self.fence.conclude(tx, now).await
+        self.fence.conclude(tx, now).await.map(drop)
     }
 }
 

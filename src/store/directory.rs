@@ -149,7 +149,7 @@ impl Tx<'_> {
     /// `Unavailable`.
     pub async fn insert_workspace(&mut self, workspace: &Workspace) -> Result<bool> {
         // Whoever came with a certificate for it was told that it is not there.
-        self.touch([Subject::Workspace(workspace.id.clone())]);
+        self.touch(Subject::Workspace(workspace.id.clone()));
         let insert = workspace::Entity::insert(row_of_workspace(workspace).into_active_model());
         // Also one that has its own prefix again: the table keeps one workspace for each.
         let insert = insert.on_conflict(OnConflict::new().do_nothing().to_owned());
@@ -173,7 +173,7 @@ impl Tx<'_> {
     /// # Errors
     /// `Unavailable`.
     pub async fn update_workspace(&mut self, workspace: &Workspace) -> Result<()> {
-        self.touch([Subject::Workspace(workspace.id.clone())]);
+        self.touch(Subject::Workspace(workspace.id.clone()));
         let row = row_of_workspace(workspace);
         let mut changed = row.clone().into_active_model().reset_all();
         changed.id = sea_orm::ActiveValue::Unchanged(row.id);
@@ -187,7 +187,7 @@ impl Tx<'_> {
     /// # Errors
     /// `Unavailable`.
     pub async fn delete_workspace(&mut self, id: &str, now: Time) -> Result<()> {
-        self.touch([Subject::Workspace(id.to_owned())]);
+        self.touch(Subject::Workspace(id.to_owned()));
         self.execute("UPDATE workspace SET delete_time = $1 WHERE id = $2", vec![now.micros().into(), id.into()]).await.map(drop)
     }
 
@@ -233,7 +233,7 @@ impl Tx<'_> {
     /// `Unavailable`.
     pub async fn insert_principal(&mut self, principal: &Principal) -> Result<bool> {
         if self.is_change() {
-            self.touch([subject(principal)]);
+            self.touch(subject(principal));
         }
         let key = [principal::Column::Workspace, principal::Column::Id];
         let insert = principal::Entity::insert(row_of_principal(principal).into_active_model());
@@ -246,7 +246,7 @@ impl Tx<'_> {
     /// # Errors
     /// `Unavailable`.
     pub async fn update_principal(&mut self, principal: &Principal) -> Result<()> {
-        self.touch([subject(principal)]);
+        self.touch(subject(principal));
         let changed = principal::ActiveModel {
             workspace: sea_orm::ActiveValue::Unchanged(principal.workspace.clone()),
             id: sea_orm::ActiveValue::Unchanged(principal.id.clone()),
@@ -267,7 +267,7 @@ impl Tx<'_> {
     /// # Errors
     /// `Unavailable`.
     pub async fn delete_principal(&mut self, principal: &Principal) -> Result<()> {
-        self.touch([subject(principal)]);
+        self.touch(subject(principal));
         let sql = "DELETE FROM principal WHERE workspace = $1 AND id = $2";
         self.execute(sql, vec![principal.workspace.clone().into(), principal.id.clone().into()]).await.map(drop)
     }

@@ -172,6 +172,8 @@ pub(super) mod change {
         pub kind: i16,
         pub subject: Vec<u8>,
         pub change_time: i64,
+        pub workspace: String,
+        pub token_id: String,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

@@ -1,6 +1,7 @@
 //! The versions of the schema. A version that was released is never edited; the next one is added below it.
 //!
-//! Invariant: migrations expand before they contract, so that the version before can work beside this one.
+//! Invariant: migrations expand before they contract, so that the version before can work beside this one (test
+//! `a_program_works_beside_a_newer_schema`).
 //!
 //! The same statements serve both databases; `{text}` and `{bytes}` stand for the types that differ. Text sorts by its bytes on both.
 //! Instants are microseconds since 1970 (UTC); an `expire_time` of 9223372036854775807 is "never".
@@ -17,6 +18,7 @@ impl MigratorTrait for Migrator {
             Box::new(Version { name: "0001_ground_floor", up: GROUND_FLOOR }),
             Box::new(Version { name: "0002_whole_domain", up: WHOLE_DOMAIN }),
             Box::new(Version { name: "0003_notices", up: NOTICES }),
+            Box::new(Version { name: "0004_several_servers", up: SEVERAL_SERVERS }),
         ]
     }
 }
@@ -304,4 +306,25 @@ CREATE TABLE webhook_secret (
     expire_time BIGINT NOT NULL
 );
 CREATE INDEX webhook_secret_by_workspace ON webhook_secret (workspace, id);
+";
+
+const SEVERAL_SERVERS: &str = r"
+-- The last number whose rows were removed from the log.
+ALTER TABLE change_head ADD COLUMN pruned_seq BIGINT NOT NULL DEFAULT 0;
+
+-- What those who ask know a changed token by.
+ALTER TABLE change_log ADD COLUMN workspace {text} NOT NULL DEFAULT '';
+ALTER TABLE change_log ADD COLUMN token_id {text} NOT NULL DEFAULT '';
+
+ALTER TABLE replica ADD COLUMN start_time BIGINT NOT NULL DEFAULT 0;
+-- Whether changes wait for this one however long it is silent.
+ALTER TABLE replica ADD COLUMN acked_only BOOLEAN NOT NULL DEFAULT FALSE;
+ALTER TABLE replica ADD COLUMN evict_time BIGINT;
+
+-- A program that knows this version of the schema can work with the present one. A version that takes away what older programs need moves it up.
+CREATE TABLE schema_floor (
+    id SMALLINT PRIMARY KEY CHECK (id = 1),
+    version {text} NOT NULL
+);
+INSERT INTO schema_floor (id, version) VALUES (1, '0004_several_servers');
 ";

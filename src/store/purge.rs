@@ -6,7 +6,6 @@ use super::{Store, Tx, damaged, translate};
 use crate::{
     ambient::Time,
     error::Result,
-    grant::Subject,
     token::{Digest, TokenId},
 };
 
@@ -15,6 +14,8 @@ use crate::{
 pub struct Expendable {
     /// Its id.
     pub id: TokenId,
+    /// Its workspace.
+    pub workspace: String,
     /// What it may still be known by.
     pub digests: Vec<Digest>,
 }
@@ -48,7 +49,7 @@ impl Store {
     }
 
     async fn expendable(&self, condition: &str, value: Value, limit: u64) -> Result<Vec<Expendable>> {
-        let sql = format!("SELECT id, digest, previous_digest FROM token WHERE {condition} LIMIT {limit}");
+        let sql = format!("SELECT id, digest, previous_digest, workspace FROM token WHERE {condition} LIMIT {limit}");
         let rows = self.reading("ended", self.reader.query_all_raw(Statement::from_sql_and_values(self.backend(), sql, [value]))).await?;
         rows.iter()
             .map(|row| {
@@ -57,7 +58,11 @@ impl Store {
                 let previous: Option<Vec<u8>> = row.try_get_by_index(2).map_err(translate)?;
                 let digests = std::iter::once(digest).chain(previous);
                 let digests = digests.map(|bytes| Digest::from_slice(&bytes).ok_or_else(|| damaged("token.digest")));
-                Ok(Expendable { id: TokenId::parse(&id).ok_or_else(|| damaged("token.id"))?, digests: digests.collect::<Result<_>>()? })
+                Ok(Expendable {
+                    id: TokenId::parse(&id).ok_or_else(|| damaged("token.id"))?,
+                    workspace: row.try_get_by_index(3).map_err(translate)?,
+                    digests: digests.collect::<Result<_>>()?,
+                })
             })
             .collect()
     }
@@ -69,7 +74,9 @@ impl Tx<'_> {
     /// # Errors
     /// `Unavailable`.
     pub async fn purge_tokens(&mut self, tokens: &[Expendable]) -> Result<()> {
-        self.touch(tokens.iter().flat_map(|token| &token.digests).copied().map(Subject::Token));
+        for token in tokens {
+            self.touch_token(token.id, &token.workspace, &token.digests);
+        }
         // The tokens first, as everybody does who holds them and notes something of them.
         let places = (1..=tokens.len()).map(|number| format!("${number}")).collect::<Vec<_>>().join(", ");
         for (table, column) in [

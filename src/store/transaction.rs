@@ -6,7 +6,7 @@
 
 use sea_orm::{
     ActiveValue::Set, ColumnTrait as _, ConnectionTrait as _, DatabaseTransaction, DbBackend, DbErr, EntityTrait as _,
-    IntoActiveModel as _, QueryFilter as _, QueryOrder as _, Statement, TransactionTrait as _, Value, sea_query::Condition,
+    IntoActiveModel as _, QueryFilter as _, QueryOrder as _, Statement, Value, sea_query::Condition,
 };
 use tokio::{sync::SemaphorePermit, time::timeout};
 
@@ -42,12 +42,20 @@ pub enum Claim {
     Misused,
 }
 
+/// Something that a change is about, and what those who ask know it by.
+#[derive(Clone, Debug)]
+struct Touched {
+    subject: Subject,
+    workspace: String,
+    token_id: Option<TokenId>,
+}
+
 /// A transaction. Dropped without [`Tx::commit`] it leaves no trace.
 pub struct Tx<'a> {
     store: &'a Store,
     inner: DatabaseTransaction,
     seq: Option<i64>,
-    touched: Vec<Subject>,
+    touched: Vec<Touched>,
     watch: Stopwatch,
     _permit: SemaphorePermit<'a>,
 }
@@ -58,9 +66,6 @@ impl Store {
     /// # Errors
     /// `Unavailable`, `Overloaded`.
     pub async fn begin_change(&self) -> Result<Tx<'_>> {
-        if self.is_beside_others() {
-            return Err(Error::Internal("a change of tokens that a server may know, beside that server".into()));
-        }
         let mut tx = self.begin().await?;
         let row = tx.query_one("UPDATE change_head SET seq = seq + 1 WHERE id = 1 RETURNING seq", vec![]).await?;
         let row = row.ok_or_else(|| damaged("change_head"))?;
@@ -93,18 +98,23 @@ impl Store {
         Ok(Tx { store: self, inner: tx.map_err(translate)?, seq: None, touched: Vec::new(), watch, _permit: permit })
     }
 
-    /// Removes log rows, kept answers and numbers that are too old for anybody to need. For space only.
+    /// Removes log rows and kept answers that are too old for anybody to need. For space only.
     ///
     /// # Errors
     /// `Unavailable`, `Overloaded`.
     pub async fn prune(&self, now: Time, log_before: Time) -> Result<()> {
-        for (sql, before) in
-            [("DELETE FROM replay WHERE expire_time <= $1", now), ("DELETE FROM change_log WHERE change_time <= $1", log_before)]
-        {
-            let statement = Statement::from_sql_and_values(self.backend(), sql, [before.micros().into()]);
-            self.writing("prune", self.writer.execute_raw(statement)).await?;
-        }
-        Ok(())
+        let answers = Statement::from_sql_and_values(self.backend(), "DELETE FROM replay WHERE expire_time <= $1", [now.micros().into()]);
+        self.writing("prune", self.writer.execute_raw(answers)).await?;
+        let old = "SELECT MAX(seq) FROM change_log WHERE change_time <= $1";
+        let old = Statement::from_sql_and_values(self.backend(), old, [log_before.micros().into()]);
+        let row = self.reading("prune", self.reader.query_one_raw(old)).await?;
+        let last: Option<i64> = row.map_or(Ok(None), |row| row.try_get_by_index(0)).map_err(translate)?;
+        let Some(last) = last else { return Ok(()) };
+        // Who knows less than that finds in the same look that the log does not tell them.
+        let tx = self.begin().await?;
+        tx.execute("UPDATE change_head SET pruned_seq = $1 WHERE id = 1 AND pruned_seq < $1", vec![last.into()]).await?;
+        tx.execute("DELETE FROM change_log WHERE seq <= $1", vec![last.into()]).await?;
+        tx.commit(now).await
     }
 }
 
@@ -126,17 +136,19 @@ impl Tx<'_> {
 
     async fn write_log(&mut self, now: Time) -> Result<()> {
         let touched = std::mem::take(&mut self.touched);
-        let numbered: Vec<(i64, Subject)> = (0..).zip(touched).collect();
+        let numbered: Vec<(i64, Touched)> = (0..).zip(touched).collect();
         for chunk in numbered.chunks(ROWS_MAX) {
             let seq = self.seq.ok_or_else(|| Error::Internal("a change without a number".into()))?;
-            let rows = chunk.iter().map(|(item, subject)| {
-                let (kind, subject) = logged(subject);
+            let rows = chunk.iter().map(|(item, touched)| {
+                let (kind, subject) = logged(&touched.subject);
                 change::ActiveModel {
                     seq: Set(seq),
                     item: Set(*item),
                     kind: Set(kind),
                     subject: Set(subject),
                     change_time: Set(now.micros()),
+                    workspace: Set(touched.workspace.clone()),
+                    token_id: Set(touched.token_id.map(|id| id.to_string()).unwrap_or_default()),
                 }
             });
             self.bounded(change::Entity::insert_many(rows).exec_without_returning(&self.inner)).await?;
@@ -172,19 +184,32 @@ impl Tx<'_> {
         self.seq.is_some()
     }
 
-    /// Notes that what is known about these subjects is out of date once the change is committed.
-    pub(super) fn touch(&mut self, subjects: impl IntoIterator<Item = Subject>) {
-        self.touched.extend(subjects);
+    /// Notes that what is known about a principal or a workspace is out of date once the change is committed.
+    pub(super) fn touch(&mut self, subject: Subject) {
+        let workspace = match &subject {
+            Subject::Principal { workspace, .. } | Subject::Workspace(workspace) => workspace.clone(),
+            Subject::Token(_) => String::new(),
+        };
+        self.touched.push(Touched { subject, workspace, token_id: None });
     }
 
-    fn touch_tokens(&mut self, digests: &[Digest]) {
-        self.touch(digests.iter().copied().map(Subject::Token));
+    /// As [`Tx::touch`], a token by all that it may be known by.
+    pub(super) fn touch_token(&mut self, id: TokenId, workspace: &str, digests: &[Digest]) {
+        let touched =
+            |digest: &Digest| Touched { subject: Subject::Token(*digest), workspace: workspace.to_owned(), token_id: Some(id) };
+        self.touched.extend(digests.iter().map(touched));
     }
 
     /// What this change is about.
     #[must_use]
-    pub fn touched(&self) -> &[Subject] {
-        &self.touched
+    pub fn touched(&self) -> Vec<Subject> {
+        self.touched.iter().map(|touched| touched.subject.clone()).collect()
+    }
+
+    /// The number of this change, if it is one of what exists.
+    #[must_use]
+    pub fn seq(&self) -> Option<i64> {
+        self.seq
     }
 
     /// Refuses a caller who was judged before this transaction and does not stand any more. The caller's token cannot be ended until this transaction has.
@@ -304,10 +329,10 @@ impl Tx<'_> {
     ///
     /// # Errors
     /// `Unavailable`.
-    pub async fn end_grace(&mut self, id: TokenId, digests: &[Digest]) -> Result<()> {
-        self.touch_tokens(digests);
+    pub async fn end_grace(&mut self, token: &Token, digests: &[Digest]) -> Result<()> {
+        self.touch_token(token.id, &token.workspace, digests);
         let sql = "UPDATE token SET previous_digest = NULL, previous_expire_time = NULL WHERE id = $1";
-        self.execute(sql, vec![id.to_string().into()]).await.map(drop)
+        self.execute(sql, vec![token.id.to_string().into()]).await.map(drop)
     }
 
     /// Adds a token.
@@ -337,7 +362,7 @@ impl Tx<'_> {
     /// # Errors
     /// `Unavailable`.
     pub async fn update_token(&mut self, token: &Token, digests: &[Digest]) -> Result<()> {
-        self.touch_tokens(digests);
+        self.touch_token(token.id, &token.workspace, digests);
         let changed = token::ActiveModel {
             id: Set(token.id.to_string()),
             display_name: Set(token.display_name.clone()),
@@ -362,15 +387,17 @@ impl Tx<'_> {
     ///
     /// # Errors
     /// `Unavailable`.
-    pub async fn revoke_tokens(&mut self, ids: &[TokenId], reason: &str, digests: &[Digest], now: Time) -> Result<()> {
-        self.touch_tokens(digests);
-        for chunk in ids.chunks(ROWS_MAX) {
+    pub async fn revoke_tokens(&mut self, live: &[(Token, Vec<Digest>)], reason: &str, now: Time) -> Result<()> {
+        for (token, digests) in live {
+            self.touch_token(token.id, &token.workspace, digests);
+        }
+        for chunk in live.chunks(ROWS_MAX) {
             let places = (4..4 + chunk.len()).map(|number| format!("${number}")).collect::<Vec<_>>().join(", ");
             let sql = format!(
                 "UPDATE token SET state = $1, revoke_time = $2, update_time = $2, revoke_reason = $3, version = version + 1 WHERE id IN ({places})"
             );
             let mut values = vec![entity::state_number(State::Revoked).into(), now.micros().into(), reason.into()];
-            values.extend(chunk.iter().map(|id| Value::from(id.to_string())));
+            values.extend(chunk.iter().map(|(token, _)| Value::from(token.id.to_string())));
             self.execute(&sql, values).await?;
         }
         Ok(())
@@ -412,9 +439,9 @@ impl Tx<'_> {
     ///
     /// # Errors
     /// `Unavailable`.
-    pub async fn delete_token(&mut self, id: TokenId, digests: &[Digest], now: Time) -> Result<()> {
-        self.touch_tokens(digests);
-        let id = id.to_string();
+    pub async fn delete_token(&mut self, token: &Token, digests: &[Digest], now: Time) -> Result<()> {
+        self.touch_token(token.id, &token.workspace, digests);
+        let id = token.id.to_string();
         self.execute("DELETE FROM token_audience WHERE token_id = $1", vec![id.clone().into()]).await?;
         self.execute(
             "UPDATE token SET delete_time = $1, update_time = $1, version = version + 1 WHERE id = $2",
@@ -490,11 +517,24 @@ fn digests_of(row: &token::Model) -> Result<Vec<Digest>> {
 }
 
 /// A subject as it stands in the log of changes.
-fn logged(subject: &Subject) -> (i16, Vec<u8>) {
+pub(super) fn logged(subject: &Subject) -> (i16, Vec<u8>) {
     match subject {
         Subject::Token(digest) => (CHANGE_OF_TOKEN, digest.as_bytes().to_vec()),
         // No id of a workspace holds a slash.
         Subject::Principal { workspace, id } => (CHANGE_OF_PRINCIPAL, format!("{workspace}/{id}").into_bytes()),
         Subject::Workspace(id) => (CHANGE_OF_WORKSPACE, id.as_bytes().to_vec()),
+    }
+}
+
+/// What stands in the log of changes.
+pub(super) fn subject_of(kind: i16, subject: &[u8]) -> Option<Subject> {
+    let text = || std::str::from_utf8(subject).ok();
+    match kind {
+        CHANGE_OF_TOKEN => Digest::from_slice(subject).map(Subject::Token),
+        CHANGE_OF_PRINCIPAL => {
+            text()?.split_once('/').map(|(workspace, id)| Subject::Principal { workspace: workspace.to_owned(), id: id.to_owned() })
+        }
+        CHANGE_OF_WORKSPACE => text().map(|id| Subject::Workspace(id.to_owned())),
+        _ => None,
     }
 }

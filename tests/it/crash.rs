@@ -29,7 +29,7 @@ const CLIENTS: u64 = 8;
 /// Tokens that are not revoked, of one client.
 const LIVE_MAX: usize = 20;
 /// How long PostgreSQL may take to notice that a process is gone.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(20);
+const SESSIONS_TIMEOUT: Duration = Duration::from_secs(20);
 
 mod sqlite {
     #[test]
@@ -148,30 +148,25 @@ struct Rounds {
     pending: (usize, usize),
     /// Processes that were killed while they started.
     killed_early: usize,
-    /// Starts that were refused for the lock of the process before, and the longest time until one was not.
-    locked_out: (usize, Duration),
     /// The longest time that PostgreSQL took to end the sessions of a process that was killed.
     sessions_end: Duration,
 }
 
 impl Rounds {
     async fn new(backend: Backend) -> Self {
-        let site = Site::new(backend).await;
-        Self { site, pending: (0, 0), killed_early: 0, locked_out: (0, Duration::ZERO), sessions_end: Duration::ZERO }
+        let mut site = Site::new(backend).await;
+        // Changes wait for the process before until its lease has ended.
+        site.arguments = ["--lease", "1s"].map(str::to_owned).to_vec();
+        Self { site, pending: (0, 0), killed_early: 0, sessions_end: Duration::ZERO }
     }
 
     fn story(&self) -> String {
         let ((under_way, made), early) = (self.pending, self.killed_early);
-        let ((times, longest), sessions) = (self.locked_out, self.sessions_end);
-        let lock = match self.site.backend {
+        let sessions = match self.site.backend {
             Backend::Sqlite => String::new(),
-            Backend::Postgres => {
-                format!(
-                    "; {times} starts met the lock of the process before, for at most {longest:?}; its sessions ended within {sessions:?}"
-                )
-            }
+            Backend::Postgres => format!("; its sessions ended within {:?}", self.sessions_end),
         };
-        format!("{under_way} were under way at a kill, {made} of them made; {early} processes were killed while they started{lock}")
+        format!("{under_way} were under way at a kill, {made} of them made; {early} processes were killed while they started{sessions}")
     }
 
     /// Starts a process that serves; kills one while it starts, now and then.
@@ -179,20 +174,7 @@ impl Rounds {
         while random.below(8) == 0 {
             self.kill_early(random).await;
         }
-        let (begin, mut refused) = (Instant::now(), 0);
-        loop {
-            match self.site.try_start().await {
-                Ok(process) => {
-                    if refused > 0 {
-                        self.locked_out = (self.locked_out.0 + refused, self.locked_out.1.max(begin.elapsed()));
-                    }
-                    return process;
-                }
-                // The session that holds the lock ends when PostgreSQL notices that its client is gone.
-                Err(said) if said.contains("another keyward is using this PostgreSQL") && begin.elapsed() < LOCK_TIMEOUT => refused += 1,
-                Err(said) => panic!("the server does not start: {said}"),
-            }
-        }
+        self.site.start().await
     }
 
     /// Starts a process and kills it, most often before it serves.
@@ -232,7 +214,7 @@ impl Rounds {
         );
         tokio::spawn(async move {
             while number(&db, &sql).await > 0 {
-                assert!(begin.elapsed() < LOCK_TIMEOUT, "sessions of a process that is gone remain");
+                assert!(begin.elapsed() < SESSIONS_TIMEOUT, "sessions of a process that is gone remain");
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
             begin.elapsed()

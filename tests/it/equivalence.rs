@@ -10,12 +10,12 @@ use std::{
 };
 
 use keyward::{
-    ambient::Time,
+    ambient::{Clock, Time},
     cache::Cache,
     caller::Caller,
     directory::{Certificate, Directory, Outlets, PrincipalInput, PrincipalTarget, WorkspacePatch, WorkspaceTarget},
     error::{Error, Result},
-    fence::Fence,
+    fence::{self, Fence},
     grant::{Need, Verdict},
     issuer::{Grace, Issuer, NewToken, RequestId, Target, TokenPatch},
     retention::{Periods, Retention},
@@ -37,6 +37,7 @@ const WORKSPACES: [&str; 2] = ["default", "other"];
 const PRINCIPALS: [&str; 3] = ["ada", "bob", "cy"];
 const SCOPES: [&[&str]; 4] = [&["agents:list"], &["agents:*"], &["*"], &[]];
 const HOUR: Duration = Duration::from_hours(1);
+const LEASE: Duration = Duration::from_secs(10);
 
 /// Numbers that a seed decides.
 struct Dice(u64);
@@ -87,12 +88,23 @@ fn headquarters() -> Vec<Certificate> {
     vec![Certificate { workspace: root.workspace.to_string(), principal: root.principal.to_string(), scopes: root.scopes.to_vec() }]
 }
 
+/// A cache that is served as that of a server that is alone.
+fn serving() -> Arc<Cache> {
+    let cache = Arc::new(Cache::new(0, LEASE));
+    cache.serve_for_ever();
+    cache
+}
+
+fn settings() -> fence::Settings {
+    fence::Settings { name: "test".to_owned(), version: "0".to_owned(), lease: LEASE, is_acked_only: false }
+}
+
 impl Rooms {
     async fn open(store: Store) -> Self {
         let store = Arc::new(store);
         let keyring = Arc::new(Keyring::generate().expect("randomness"));
-        let cache = Arc::new(Cache::new(0));
-        let fence = Fence::new(Arc::clone(&cache), Arc::clone(&store));
+        let cache = serving();
+        let fence = Fence::new(Arc::clone(&cache), Arc::clone(&store), Clock::system(), settings());
         let issuer = Issuer::new(Arc::clone(&keyring), Arc::clone(&store), Arc::clone(&fence));
         issuer.bootstrap(BEGINNING, |_| Ok(())).await.expect("a first workspace");
         let periods = Periods { tokens: 30 * 24 * HOUR, audit: 365 * 24 * HOUR };
@@ -114,7 +126,7 @@ impl Rooms {
         };
         let patch = WorkspacePatch { display_name: Some("HQ".into()), prefix: Some("hq".into()), ..WorkspacePatch::default() };
         let bootstrap = Caller { workspace: "default".into(), principal: "root".into(), ..root() };
-        rooms.directory.create_workspace(bootstrap, "headquarters", patch, rooms.now).await.expect("a workspace of our own");
+        let _made = rooms.directory.create_workspace(bootstrap, "headquarters", patch, rooms.now).await.expect("a workspace of our own");
         rooms.directory.make_certificates_principals(rooms.now).await.expect("a principal of our own");
         rooms.add_other().await.expect("a second workspace");
         rooms
@@ -136,7 +148,7 @@ impl Rooms {
         match dice.roll(24) {
             0..=4 => self.create(dice, workspace, principal).await?,
             5 => issuer.revoke(root(), target(), "", now).await.map(drop)?,
-            6 => issuer.delete(root(), target(), now).await?,
+            6 => issuer.delete(root(), target(), now).await.map(drop)?,
             7 => issuer.deactivate(root(), target(), now).await.map(drop)?,
             8 => issuer.activate(root(), target(), now).await.map(drop)?,
             9 | 10 => self.update(dice, target()).await?,
@@ -144,7 +156,7 @@ impl Rooms {
                 let grace = Grace { grace: dice.pick(&[Duration::ZERO, HOUR]), ..Grace::default() };
                 let request = RequestId { id: String::new(), request: Vec::new() };
                 let made = issuer.regenerate(root(), target(), grace, request, now).await?;
-                self.secrets.push((made.secret.reveal().to_owned(), token));
+                self.secrets.push((made.value.secret.reveal().to_owned(), token));
             }
             13 => directory.suspend_principal(root(), someone, "", now).await.map(drop)?,
             14 | 15 => directory.resume_principal(root(), someone, now).await.map(drop)?,
@@ -181,7 +193,7 @@ impl Rooms {
             ..NewToken::default()
         };
         let request = RequestId { id: String::new(), request: Vec::new() };
-        let (token, secret) = self.issuer.create(root(), new, request, self.now).await?;
+        let (token, secret) = self.issuer.create(root(), new, request, self.now).await?.value;
         self.secrets.push((secret.reveal().to_owned(), token.id.to_string()));
         if self.secrets.len() > 40 {
             self.secrets.remove(dice.roll(20));
@@ -209,7 +221,7 @@ impl Rooms {
             }
             1 => {
                 let other = WorkspaceTarget { id: "other".to_owned(), etag: String::new() };
-                self.directory.delete_workspace(root(), other, "", self.now).await?;
+                let _deleted = self.directory.delete_workspace(root(), other, "", self.now).await?;
                 self.now = self.now + 40 * 24 * HOUR;
                 while self.retention.tick(self.now).await? {}
                 self.add_other().await?;
@@ -221,7 +233,7 @@ impl Rooms {
 
     /// Asks the validator that keeps facts and one that knows nothing yet; answers how many verdicts there were of each kind.
     async fn compare(&self, verdicts: &mut std::collections::BTreeMap<Verdict, usize>) {
-        let fresh = validator(&self.keyring, Arc::new(Cache::new(0)), &self.store);
+        let fresh = validator(&self.keyring, serving(), &self.store);
         let list = ["agents:list"];
         for (secret, _) in &self.secrets {
             for question in questions(secret, &list) {

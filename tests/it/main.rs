@@ -28,6 +28,7 @@ mod crash;
 mod domain;
 mod equipment;
 mod equivalence;
+mod fence;
 mod hot;
 mod keeping;
 mod limits;

@@ -77,12 +77,14 @@ impl Proxy {
     /// Holds the replies of the first connection that sends these bytes, until [`Proxy::release`].
     pub fn hold_after(&self, bytes: Vec<u8>) {
         self.release.send_replace(false);
+        self.orders.holding.store(false, Ordering::SeqCst);
         *self.orders.hold.lock().expect("not poisoned") = Some(bytes);
     }
 
     /// Holds the first request that holds these bytes, until [`Proxy::release`].
     pub fn hold_before(&self, bytes: Vec<u8>) {
         self.release.send_replace(false);
+        self.orders.holding.store(false, Ordering::SeqCst);
         *self.orders.stop.lock().expect("not poisoned") = Some(bytes);
     }
 

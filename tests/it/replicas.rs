@@ -399,7 +399,7 @@ async fn tick(settings: BTreeMap<String, String>) {
     });
     let flags = settings.into_iter().map(|(name, value)| (&*name.leak(), value)).collect();
     let config = Config::load(&Sources { flags, ..Sources::default() }).expect("good settings");
-    let store = Arc::new(Store::open_beside(&config.database_url, Box::new(|_, _, _| ())).await.expect("open"));
+    let store = Arc::new(Store::open(&config.database_url, false, Box::new(|_, _, _| ())).await.expect("open"));
     let keyring = Arc::new(Keyring::load(&config.keyring_file).expect("readable").expect("there"));
     let clock = Clock::by_hand(BEGINNING);
     let notices = Notices::new(keyring, store, clock.clone(), settings_of(&config)).expect("ready");

@@ -437,30 +437,6 @@ fn a_commit_that_comes_late_leaves_no_old_fact() {
 }
 
 #[test]
-fn what_was_known_is_forgotten_when_the_database_was_not_ours() {
-    world::runtime().block_on(async {
-        if world::postgres().is_none() {
-            return world::skip("no PostgreSQL on this machine (initdb and postgres; Debian: apt-get install postgresql)");
-        }
-        let world = World::start(Backend::Postgres).await;
-        let (admin, validator) = (world.admin().await, world.validator().await);
-        let (token, secret) = admin.issue("t", &[]).await;
-        assert_eq!(validator.verdict(&secret).await, Verdict::Valid);
-        let lock = "SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database WHERE l.locktype = 'advisory' AND d.datname = current_database()";
-        assert_eq!(world.db_number(lock).await, 1);
-        // Another server has the database for a moment, and revokes.
-        let kill = "SELECT count(pg_terminate_backend(l.pid)) FROM pg_locks l JOIN pg_database d ON d.oid = l.database \
-                    WHERE l.locktype = 'advisory' AND d.datname = current_database()";
-        assert_eq!(world.db_number(kill).await, 1);
-        world.db_execute(&format!("UPDATE token SET state = 3 WHERE id = '{}'", token.id)).await;
-        eventually("the lock is taken anew", async || (world.db_number(lock).await == 1).then_some(())).await;
-        eventually("what was known is forgotten", async || (validator.verdict(&secret).await == Verdict::Revoked).then_some(())).await;
-        // A connection that only the server's end has given up: its lock is no other server's.
-        eventually("the server goes on", async || admin.get(&token.id).await.ok()).await;
-    });
-}
-
-#[test]
 fn a_database_that_is_gone_is_unavailable() {
     world::runtime().block_on(async {
         let Some((world, proxy)) = world_behind_proxy().await else { return };
@@ -567,7 +543,8 @@ fn ten_million_invented_tokens_cost_no_query() {
     let store = Arc::new(runtime.block_on(Store::open(&url, true, observer)).expect("a store"));
     let keyring = Arc::new(Keyring::generate().expect("randomness"));
     let issued = keyring.issue(&"kw".parse().expect("a prefix")).expect("randomness");
-    let (cache, usage) = (Arc::new(Cache::new(0)), Arc::new(Usage::default()));
+    let (cache, usage) = (Arc::new(Cache::new(0, Duration::from_secs(10))), Arc::new(Usage::default()));
+    cache.serve_for_ever();
     let validator = Validator::new(keyring, Arc::clone(&cache), store, usage);
     queries.store(0, Ordering::Relaxed);
     std::thread::scope(|scope| {

@@ -160,6 +160,27 @@ impl World {
         }
     }
 
+    /// One more server on the same database, with the same keyring, and settings of its own.
+    pub async fn beside(&self, settings: &[(&'static str, &str)]) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut own = self.settings.clone();
+        own.insert("data_dir", folder.path().join("data").display().to_string());
+        own.insert("keyring_file", self.folder.path().join("data/keyring").display().to_string());
+        own.extend(settings.iter().map(|(name, value)| (*name, (*value).to_owned())));
+        let mut world = Self {
+            backend: self.backend,
+            clock: self.clock.clone(),
+            folder,
+            settings: own,
+            limits: self.limits,
+            server: None,
+            root_token: self.root_token.clone(),
+            channel: None,
+        };
+        world.start_server().await;
+        world
+    }
+
     pub fn config(&self) -> Config {
         Config::load(&Sources { flags: self.settings.clone(), ..Sources::default() }).expect("good settings")
     }
