@@ -63,6 +63,8 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long one verb may take. PostgreSQL is told to give up a little earlier, so that it does not go on for nobody.
 const WORK_TIMEOUT: Duration = Duration::from_secs(8);
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(6);
+/// How long SQLite may look how its tables have grown, when the database is closed.
+const STATISTICS_TIMEOUT: Duration = Duration::from_secs(2);
 /// Two more than work may take at once: those are for the fence.
 const POSTGRES_CONNECTIONS: u32 = 18;
 const POSTGRES_WORK: usize = 16;
@@ -285,21 +287,28 @@ impl Store {
     /// `Unavailable` if it does not close cleanly.
     pub async fn close(&self) -> Result<()> {
         self.reader.close_by_ref().await.map_err(translate)?;
-        if let Err(error) = self.refresh_statistics().await {
-            tracing::warn!(%error, "SQLite's statistics could not be refreshed: it may be slower than it could");
+        match timeout(STATISTICS_TIMEOUT, self.refresh_statistics()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "SQLite's statistics could not be refreshed: it may be slower than it could"),
+            Err(_) => {
+                // SQLite goes on with that, and the process ends before it; nothing else is left to be written.
+                tracing::info!("SQLite's statistics take too long: they stay as they are");
+                return Ok(());
+            }
         }
         self.writer.close_by_ref().await.map_err(translate)
     }
 
-    /// Lets SQLite look how its tables have grown. Not while they are small: it would then read the whole of what they grow into, since it has seen that this costs nothing
-    /// (<https://sqlite.org/lang_analyze.html>). Without statistics it takes every table for a large one.
+    /// Lets SQLite look how its tables have grown, by a few rows of each index. Not while they are small: it would then read the whole of what they grow into, since it has seen that this
+    /// costs nothing (<https://sqlite.org/lang_analyze.html>). Without statistics it takes every table for a large one.
     async fn refresh_statistics(&self) -> Result<()> {
         let many = format!("SELECT 1 FROM token LIMIT 1 OFFSET {SMALL_ROWS_MAX}");
         let refresh = async {
             let backend = self.backend();
             let is_large =
                 backend == DbBackend::Sqlite && self.writer.query_one_raw(Statement::from_string(backend, many)).await?.is_some();
-            if is_large { self.writer.execute_unprepared("PRAGMA optimize").await.map(drop) } else { Ok(()) }
+            let optimize = "PRAGMA analysis_limit = 100; PRAGMA optimize";
+            if is_large { self.writer.execute_unprepared(optimize).await.map(drop) } else { Ok(()) }
         };
         self.writing("optimize", refresh).await
     }
