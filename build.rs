@@ -4,10 +4,11 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const FILES: [&str; 7] = [
+const FILES: [&str; 8] = [
     "keyward/v1/audit_service.proto",
     "keyward/v1/notice_service.proto",
     "keyward/v1/principal_service.proto",
+    "keyward/v1/replica_service.proto",
     "keyward/v1/self_service.proto",
     "keyward/v1/token_service.proto",
     "keyward/v1/validation_service.proto",

@@ -15,7 +15,15 @@
     reason = "a bench fails by panicking, and speaks to people"
 )]
 
-use std::{collections::BTreeMap, fmt::Write as _, fs, hint::black_box, path::Path, sync::Arc, time::{Duration, Instant}};
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    fs,
+    hint::black_box,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use keyward::{
     ambient::{Stopwatch, Time},

@@ -8,9 +8,11 @@ mod audit_events;
 mod convert;
 pub mod gate;
 pub mod hot;
+mod invalidations;
 mod notices;
 mod principals;
 mod rates;
+mod replicas;
 mod self_service;
 mod status;
 mod stream;
@@ -34,7 +36,8 @@ use crate::{
     notices::Notices,
     proto::{
         self, DESCRIPTORS, audit_service_server::AuditServiceServer, notice_service_server::NoticeServiceServer,
-        principal_service_server::PrincipalServiceServer, self_service_server::SelfServiceServer, token_service_server::TokenServiceServer,
+        principal_service_server::PrincipalServiceServer, replica_service_server::ReplicaServiceServer,
+        self_service_server::SelfServiceServer, token_service_server::TokenServiceServer,
         validation_service_server::ValidationServiceServer, workspace_service_server::WorkspaceServiceServer,
     },
     telemetry::Metrics,
@@ -42,10 +45,11 @@ use crate::{
 };
 
 /// The services whose health is told one by one.
-pub const SERVICES: [&str; 7] = [
+pub const SERVICES: [&str; 8] = [
     "keyward.v1.AuditService",
     "keyward.v1.NoticeService",
     "keyward.v1.PrincipalService",
+    "keyward.v1.ReplicaService",
     "keyward.v1.SelfService",
     "keyward.v1.TokenService",
     "keyward.v1.ValidationService",
@@ -124,6 +128,7 @@ impl Api {
             .add_service(PrincipalServiceServer::new(self.clone()))
             .add_service(AuditServiceServer::new(self.clone()))
             .add_service(NoticeServiceServer::new(self.clone()))
+            .add_service(ReplicaServiceServer::new(self.clone()))
             .add_service(SelfServiceServer::new(self))
             .add_service(HealthServer::new(health).max_decoding_message_size(gate::PUBLIC_BYTES_MAX))
             .add_service(reflection().build_v1()?.max_decoding_message_size(gate::PUBLIC_BYTES_MAX))

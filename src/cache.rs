@@ -284,7 +284,8 @@ impl Cache {
     }
 
     fn is_current(&self, Marks(marks): Marks, generation: u64) -> bool {
-        self.served.holds() && marks.into_iter().all(|index| self.marks.get(usize::from(index)).is_some_and(|mark| mark.is_before(generation)))
+        self.served.holds()
+            && marks.into_iter().all(|index| self.marks.get(usize::from(index)).is_some_and(|mark| mark.is_before(generation)))
     }
 
     /// How many digests are known.

@@ -20,6 +20,7 @@ mod paging;
 mod policy;
 mod principals;
 mod questions;
+mod replicas;
 mod serve;
 mod session;
 mod settings;
@@ -41,7 +42,7 @@ use clap::{Arg, ArgMatches, Command, parser::ValueSource, value_parser};
 use clap_complete::Shell;
 
 use self::{
-    arguments::command,
+    arguments::{command, switch},
     failure::{Exit, Failure},
     session::{Format, Session},
 };
@@ -77,7 +78,7 @@ fn root() -> Command {
         .subcommands([serve_command(), migrate_command(), recover_command(), keyring_command()])
         .subcommands([questions::health_command(), questions::whoami_command(), questions::validate_command()])
         .subcommands([tokens::token_command(), workspaces::workspace_command(), principals::principal_command()])
-        .subcommands([faults::faults_command(), notices::notices_command()])
+        .subcommands([faults::faults_command(), notices::notices_command(), replicas::replica_command()])
         .subcommands([audit::audit_command(), logout::session_command(), leaks::report_command(), completions_command()])
 }
 
@@ -88,14 +89,16 @@ fn serve_command() -> Command {
 }
 
 fn migrate_command() -> Command {
-    let examples = "  keyward migrate --database-url postgres://keyward@db/keyward";
+    let examples = "  keyward migrate --database-url postgres://keyward@db/keyward\n  keyward migrate --restored";
     command("migrate", "Brings the database's schema up to date, for servers that run with --migrate-on-start false", examples)
+        .arg(switch("restored", "The database was put back from a backup: every server forgets what it knows"))
         .args(settings::args())
 }
 
 fn recover_command() -> Command {
     let examples = "  keyward recover --data-dir keyward-data > root.txt";
-    command("recover", "Makes a new root token, for when the last one is lost; stop the server first", examples).args(settings::args())
+    command("recover", "Makes a new root token, for when the last one is lost; with the embedded database, stop the server first", examples)
+        .args(settings::args())
 }
 
 fn keyring_command() -> Command {
@@ -132,6 +135,7 @@ fn dispatch(matches: &ArgMatches) -> ExitCode {
     }
     match path.as_str() {
         "serve" => with_config(args, serve::serve),
+        "migrate" if args.get_flag("restored") => with_config(args, serve::restore),
         "migrate" => with_config(args, serve::migrate),
         "recover" => with_config(args, serve::recover),
         "keyring rotate" => with_config(args, serve::rotate_keyring),
@@ -273,6 +277,8 @@ fn block_on(path: &str, args: &ArgMatches, session: &mut Session<'_>) -> Result<
             "notices retry" => notices::retry(args, session).await,
             "notices test" => notices::test(args, session).await,
             "notices rotate-secret" => notices::rotate_secret(args, session).await,
+            "replica list" => replicas::list(args, session).await,
+            "replica release" => replicas::release(args, session).await,
             "audit list" => audit::list_events(args, session).await,
             "audit export" => audit::export(args, session).await,
             _ => Err(Failure::usage(format!("there is no command {path}"))),

@@ -365,7 +365,9 @@ impl Reader {
             return url;
         }
         if matches!(url, DatabaseUrl::Sqlite(_)) {
-            self.mistakes.push("database_transaction_pooling goes with a database_url of PostgreSQL: the embedded database has no pooler".to_owned());
+            self.mistakes.push(
+                "database_transaction_pooling goes with a database_url of PostgreSQL: the embedded database has no pooler".to_owned(),
+            );
         }
         url.pooled()
     }

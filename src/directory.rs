@@ -231,7 +231,13 @@ impl Directory {
     ///
     /// # Errors
     /// `Invalid`, `Exists` (the id or the prefix is taken), `Unavailable`, `Overloaded`.
-    pub async fn create_workspace(self: &Arc<Self>, caller: Caller, id: &str, patch: WorkspacePatch, now: Time) -> Result<Changed<Workspace>> {
+    pub async fn create_workspace(
+        self: &Arc<Self>,
+        caller: Caller,
+        id: &str,
+        patch: WorkspacePatch,
+        now: Time,
+    ) -> Result<Changed<Workspace>> {
         let mut violations = Violations::default();
         let id = violations.take("workspace.id", rules::workspace_id(id));
         let patch = WorkspacePatch {
@@ -359,7 +365,13 @@ impl Directory {
     ///
     /// # Errors
     /// As [`Directory::suspend_workspace`].
-    pub async fn delete_workspace(self: &Arc<Self>, caller: Caller, target: WorkspaceTarget, reason: &str, now: Time) -> Result<Changed<()>> {
+    pub async fn delete_workspace(
+        self: &Arc<Self>,
+        caller: Caller,
+        target: WorkspaceTarget,
+        reason: &str,
+        now: Time,
+    ) -> Result<Changed<()>> {
         let reason = not_own(&caller, &target, reason)?;
         let id = caller.workspace(&target.id)?.to_owned();
         let directory = Arc::clone(self);

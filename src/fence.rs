@@ -36,8 +36,11 @@ use crate::{
     caller::Caller,
     error::{Error, Result},
     grant::Subject,
-    store::{Store, Tx},
+    store::{AuditEvent, Store, Tx},
 };
+
+/// A server of the database.
+pub type Member = crate::store::Replica;
 
 /// How often a change whose outcome is uncertain is asked about.
 const SETTLE_INTERVAL: Duration = Duration::from_millis(500);
@@ -47,6 +50,7 @@ const LOG_LIFETIME: Duration = Duration::from_hours(1);
 const EVICTED_LIFETIME: Duration = Duration::from_hours(24);
 /// Changes that are made or wait for their turn; more are refused rather than queued. They outlive their callers.
 const CHANGES_MAX: usize = 512;
+const REPLICA_ID_BYTES_MAX: usize = 100;
 
 /// How this server stands beside others.
 #[derive(Clone, Debug)]
@@ -193,6 +197,43 @@ impl Fence {
         self.cache.prune();
         self.store.forget_evicted(now - EVICTED_LIFETIME).await?;
         self.store.prune(now, now - LOG_LIFETIME).await
+    }
+
+    /// The present id of this server.
+    #[must_use]
+    pub fn id(&self) -> String {
+        self.id.lock().clone()
+    }
+
+    /// Says that changes do not wait for a server any more.
+    ///
+    /// # Errors
+    /// `Invalid`, `NotFound`, `Unauthenticated`, `Unavailable`, `Overloaded`.
+    pub async fn release(self: &Arc<Self>, caller: Caller, id: &str, now: Time) -> Result<Member> {
+        if id.is_empty() || id.len() > REPLICA_ID_BYTES_MAX {
+            return Err(Error::invalid("id", "must be the id of a server, as ListReplicas shows it"));
+        }
+        let (fence, id) = (Arc::clone(self), id.to_owned());
+        self.run(async move {
+            let tx = fence.store.begin_change_by(&caller, now).await?;
+            let released = tx.release(&id, now).await?.ok_or(Error::NotFound("server"))?;
+            tx.audit([AuditEvent {
+                workspace: &caller.workspace,
+                time: now,
+                method: "ReleaseReplica",
+                code: AuditEvent::DONE,
+                actor: Some(&caller),
+                token_id: None,
+                principal: "",
+                reason: &id,
+                before: None,
+                after: None,
+            }])
+            .await?;
+            let _change = fence.conclude(tx, now).await?;
+            Ok(released)
+        })
+        .await
     }
 
     fn tell_others(self: &Arc<Self>) {

@@ -232,7 +232,13 @@ impl Issuer {
     /// # Errors
     /// `Invalid`, `Denied` (a scope that the caller does not hold, or a permanent token that only administrators create), `NotFound` (the workspace),
     /// `Precondition` (the principal is suspended, unknown, or has as many as the policy allows), `Unavailable`, `Overloaded`.
-    pub async fn create(self: &Arc<Self>, caller: Caller, new: NewToken, request: RequestId, now: Time) -> Result<Changed<(Token, Secret)>> {
+    pub async fn create(
+        self: &Arc<Self>,
+        caller: Caller,
+        new: NewToken,
+        request: RequestId,
+        now: Time,
+    ) -> Result<Changed<(Token, Secret)>> {
         self.create_as("CreateToken", caller, new, request, now).await
     }
 
@@ -240,7 +246,13 @@ impl Issuer {
     ///
     /// # Errors
     /// As [`Issuer::create`].
-    pub async fn create_own(self: &Arc<Self>, caller: Caller, mut new: NewToken, request: RequestId, now: Time) -> Result<Changed<(Token, Secret)>> {
+    pub async fn create_own(
+        self: &Arc<Self>,
+        caller: Caller,
+        mut new: NewToken,
+        request: RequestId,
+        now: Time,
+    ) -> Result<Changed<(Token, Secret)>> {
         if caller.token_id.is_some() {
             keep_within(&self.presented(&caller).await?, &mut new);
         }
@@ -456,7 +468,13 @@ impl Issuer {
     ///
     /// # Errors
     /// `Precondition` if the caller came with a certificate; `Invalid`, `Unavailable`, `Overloaded`.
-    pub async fn regenerate_self(self: &Arc<Self>, caller: Caller, grace: Grace, request: RequestId, now: Time) -> Result<Changed<Regenerated>> {
+    pub async fn regenerate_self(
+        self: &Arc<Self>,
+        caller: Caller,
+        grace: Grace,
+        request: RequestId,
+        now: Time,
+    ) -> Result<Changed<Regenerated>> {
         let target = Target { id: presented_id(&caller)?.to_string(), etag: String::new() };
         let issuer = Arc::clone(self);
         self.fence.run(async move { issuer.regenerate_now("RegenerateSelf", &caller, &target, grace, &request, true, now).await }).await

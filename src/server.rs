@@ -484,7 +484,13 @@ async fn serve_metrics(listener: TcpListener, rooms: Rooms) {
 }
 
 fn metrics_page(rooms: &Rooms) -> Result<String, std::fmt::Error> {
-    rooms.metrics.page(rooms.validator.stats(), rooms.usage.backlog(), rooms.retention.removed(), &rooms.notices.stats(), rooms.fence.stats())
+    rooms.metrics.page(
+        rooms.validator.stats(),
+        rooms.usage.backlog(),
+        rooms.retention.removed(),
+        &rooms.notices.stats(),
+        rooms.fence.stats(),
+    )
 }
 
 fn metrics_answer(request: &Request<Incoming>, rooms: &Rooms) -> Response<String> {

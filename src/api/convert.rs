@@ -178,11 +178,9 @@ pub(super) fn propagation(propagation: Propagation) -> proto::Propagation {
         Propagation::Complete => {
             proto::Propagation { state: proto::PropagationState::Complete.into(), complete_by: None, replicas: Vec::new() }
         }
-        Propagation::Pending { complete_by, replicas } => proto::Propagation {
-            state: proto::PropagationState::Pending.into(),
-            complete_by: complete_by.and_then(timestamp),
-            replicas,
-        },
+        Propagation::Pending { complete_by, replicas } => {
+            proto::Propagation { state: proto::PropagationState::Pending.into(), complete_by: complete_by.and_then(timestamp), replicas }
+        }
     }
 }
 

@@ -37,6 +37,7 @@ use tower_service::Service as _;
 use super::{
     Api, Call,
     hot::{Begun, Credentials, Reply},
+    invalidations,
     rates::{PerPrincipal, Reports},
     status, stream,
 };
@@ -84,6 +85,8 @@ pub enum Plane {
     Stream,
     /// Questions about tokens on a stream that is held open.
     Held,
+    /// A stream that tells what has changed.
+    Watch,
 }
 
 /// When a caller is judged. Their use of the token counts once.
@@ -120,16 +123,17 @@ const fn method(path: &'static str, access: Access, plane: Plane) -> Method {
     let request_bytes_max = match plane {
         Plane::Data | Plane::Held => DATA_BYTES_MAX,
         Plane::Control | Plane::Report | Plane::Stream => 64 * KIB,
-        Plane::Health => KIB,
+        Plane::Health | Plane::Watch => KIB,
     };
     Method { path, access, plane, request_bytes_max }
 }
 
 /// Every method there is: who may what.
-pub const METHODS: [Method; 45] = [
+pub const METHODS: [Method; 48] = [
     method(VALIDATE, Access::Validate, Plane::Data),
     Method { request_bytes_max: BATCH_BYTES_MAX, ..method(BATCH, Access::Validate, Plane::Data) },
     method("/keyward.v1.ValidationService/StreamValidateTokens", Access::Validate, Plane::Held),
+    method("/keyward.v1.ValidationService/WatchInvalidations", Access::Validate, Plane::Watch),
     method("/keyward.v1.TokenService/CreateToken", Access::Admin, Plane::Control),
     method("/keyward.v1.TokenService/GetToken", Access::Admin, Plane::Control),
     method("/keyward.v1.TokenService/ListTokens", Access::Admin, Plane::Control),
@@ -168,6 +172,8 @@ pub const METHODS: [Method; 45] = [
     method(RETRY, Access::Admin, Plane::Control),
     method(SEND_TEST, Access::Admin, Plane::Control),
     method("/keyward.v1.NoticeService/RotateWebhookSecret", Access::Admin, Plane::Control),
+    method("/keyward.v1.ReplicaService/ListReplicas", Access::Root, Plane::Control),
+    method("/keyward.v1.ReplicaService/ReleaseReplica", Access::Root, Plane::Control),
     method("/grpc.health.v1.Health/Check", Access::Public, Plane::Health),
     method("/grpc.health.v1.Health/Watch", Access::Public, Plane::Health),
     method("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Access::Public, Plane::Stream),
@@ -442,6 +448,9 @@ impl Gate {
         if method.plane == Plane::Held {
             return stream::open(self, method, request, peer, who).await.unwrap_or_else(Status::into_http);
         }
+        if method.plane == Plane::Watch {
+            return invalidations::open(self, method, request, peer, who).await.unwrap_or_else(Status::into_http);
+        }
         let deadline = match deadline(request.headers(), self.limits.deadline_max) {
             Ok(deadline) => deadline,
             Err(error) => return Status::from(error).into_http(),
@@ -501,7 +510,7 @@ impl Gate {
             Plane::Control => &self.control_calls,
             Plane::Report => &self.report_calls,
             Plane::Health | Plane::Stream => &self.health_calls,
-            Plane::Held => &self.streams,
+            Plane::Held | Plane::Watch => &self.streams,
         }
     }
 
@@ -536,7 +545,7 @@ impl Gate {
         Ok(Some(Call { caller, now, deadline: (Stopwatch::start(), self.limits.deadline_max) }))
     }
 
-    async fn route<B>(&self, request: Request<B>) -> Response<Body>
+    pub(super) async fn route<B>(&self, request: Request<B>) -> Response<Body>
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -549,7 +558,7 @@ impl Gate {
 }
 
 /// Waits for the whole of a request, as far as its method takes it.
-async fn whole<B>(request: Request<B>, bytes_max: usize) -> Result<Request<Full<Bytes>>, Status>
+pub(super) async fn whole<B>(request: Request<B>, bytes_max: usize) -> Result<Request<Full<Bytes>>, Status>
 where
     B: http_body::Body<Data = Bytes> + Send + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,

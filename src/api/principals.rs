@@ -16,12 +16,10 @@ type Answer<T> = Result<Response<T>, Status>;
 impl PrincipalService for Api {
     async fn upsert_principal(&self, request: Request<proto::UpsertPrincipalRequest>) -> Answer<proto::UpsertPrincipalResponse> {
         let (Call { caller, now, deadline }, message) = call(request)?;
-        let ((principal, created), propagation) = self.in_force(self.directory.upsert_principal(caller, input(message.principal.unwrap_or_default()), now).await?, deadline).await;
-        Ok(Response::new(proto::UpsertPrincipalResponse {
-            principal: Some(shown(principal)),
-            created,
-            propagation,
-        }))
+        let ((principal, created), propagation) = self
+            .in_force(self.directory.upsert_principal(caller, input(message.principal.unwrap_or_default()), now).await?, deadline)
+            .await;
+        Ok(Response::new(proto::UpsertPrincipalResponse { principal: Some(shown(principal)), created, propagation }))
     }
 
     async fn get_principal(&self, request: Request<proto::GetPrincipalRequest>) -> Answer<proto::GetPrincipalResponse> {
@@ -44,7 +42,8 @@ impl PrincipalService for Api {
     async fn suspend_principal(&self, request: Request<proto::SuspendPrincipalRequest>) -> Answer<proto::SuspendPrincipalResponse> {
         let (Call { caller, now, deadline }, message) = call(request)?;
         let target = PrincipalTarget { workspace: message.workspace, id: message.id, etag: message.etag };
-        let (principal, propagation) = self.in_force(self.directory.suspend_principal(caller, target, &message.reason, now).await?, deadline).await;
+        let (principal, propagation) =
+            self.in_force(self.directory.suspend_principal(caller, target, &message.reason, now).await?, deadline).await;
         Ok(Response::new(proto::SuspendPrincipalResponse { principal: Some(shown(principal)), propagation }))
     }
 
@@ -58,11 +57,9 @@ impl PrincipalService for Api {
     async fn delete_principal(&self, request: Request<proto::DeletePrincipalRequest>) -> Answer<proto::DeletePrincipalResponse> {
         let (Call { caller, now, deadline }, message) = call(request)?;
         let target = PrincipalTarget { workspace: message.workspace, id: message.id, etag: message.etag };
-        let (revoked, propagation) = self.in_force(self.directory.delete_principal(caller, target, &message.reason, now).await?, deadline).await;
-        Ok(Response::new(proto::DeletePrincipalResponse {
-            revoked_count: i32::try_from(revoked).unwrap_or(i32::MAX),
-            propagation,
-        }))
+        let (revoked, propagation) =
+            self.in_force(self.directory.delete_principal(caller, target, &message.reason, now).await?, deadline).await;
+        Ok(Response::new(proto::DeletePrincipalResponse { revoked_count: i32::try_from(revoked).unwrap_or(i32::MAX), propagation }))
     }
 }
 

@@ -71,7 +71,8 @@ impl SelfService for Api {
     async fn create_my_token(&self, request: Request<proto::CreateMyTokenRequest>) -> Answer<proto::CreateMyTokenResponse> {
         let (Call { caller, now, deadline }, message) = call(request)?;
         let request = RequestId { id: message.request_id.clone(), request: prost::Message::encode_to_vec(&message) };
-        let ((token, secret), propagation) = self.in_force(self.issuer.create_own(caller, my_token(message), request, now).await?, deadline).await;
+        let ((token, secret), propagation) =
+            self.in_force(self.issuer.create_own(caller, my_token(message), request, now).await?, deadline).await;
         Ok(Response::new(proto::CreateMyTokenResponse {
             token: Some(convert::token(token, now)),
             secret: secret.reveal().to_owned(),
@@ -94,7 +95,8 @@ impl SelfService for Api {
             session_id: message.session_id,
             ..NewToken::default()
         };
-        let ((token, secret), propagation) = self.in_force(self.issuer.issue_temporary(caller, NewToken { violations, ..new }, request, now).await?, deadline).await;
+        let ((token, secret), propagation) =
+            self.in_force(self.issuer.issue_temporary(caller, NewToken { violations, ..new }, request, now).await?, deadline).await;
         Ok(Response::new(proto::IssueTemporaryTokenResponse {
             token: Some(convert::token(token, now)),
             secret: secret.reveal().to_owned(),
@@ -104,11 +106,9 @@ impl SelfService for Api {
 
     async fn end_session(&self, request: Request<proto::EndSessionRequest>) -> Answer<proto::EndSessionResponse> {
         let (Call { caller, now, deadline }, message) = call(request)?;
-        let (revoked, propagation) = self.in_force(self.issuer.end_session(caller, &message.workspace, &message.session_id, now).await?, deadline).await;
-        Ok(Response::new(proto::EndSessionResponse {
-            revoked_count: i32::try_from(revoked).unwrap_or(i32::MAX),
-            propagation,
-        }))
+        let (revoked, propagation) =
+            self.in_force(self.issuer.end_session(caller, &message.workspace, &message.session_id, now).await?, deadline).await;
+        Ok(Response::new(proto::EndSessionResponse { revoked_count: i32::try_from(revoked).unwrap_or(i32::MAX), propagation }))
     }
 
     async fn report_leaked_tokens(&self, request: Request<proto::ReportLeakedTokensRequest>) -> Answer<proto::ReportLeakedTokensResponse> {

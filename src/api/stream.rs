@@ -57,7 +57,7 @@ const PREFIX_BYTES: usize = 5;
 /// The name of the header that says how messages are compressed.
 const GRPC_ENCODING: &str = "grpc-encoding";
 
-const CLOSING: &str = "this connection is about to close: open a new stream";
+pub(super) const CLOSING: &str = "this connection is about to close: open a new stream";
 
 /// What one message is answered with, before it is written.
 type Answer = Result<proto::ValidateTokenResponse, Status>;
@@ -104,10 +104,7 @@ where
         gate.api.metrics.shed();
         return Err(status::overloaded("too many streams are open; try again, or ask without a stream".to_owned()));
     };
-    let mut credentials = HeaderMap::new();
-    for value in head.headers.get_all(AUTHORIZATION) {
-        credentials.append(AUTHORIZATION, value.clone());
-    }
+    let credentials = credentials_of(&head.headers);
     let asker = Arc::new(Asker { gate: Arc::clone(gate), method, credentials, peer: peer.clone() });
     let caller = who.as_ref().and_then(|caller| caller.token_id);
     let account = Account { asker: Arc::clone(&asker), opened, head: opened.elapsed(), code: Code::Cancelled, caller };
@@ -134,25 +131,35 @@ where
     Ok(response)
 }
 
+/// The header by which a caller is judged anew.
+pub(super) fn credentials_of(headers: &HeaderMap) -> HeaderMap {
+    let mut credentials = HeaderMap::new();
+    for value in headers.get_all(AUTHORIZATION) {
+        credentials.append(AUTHORIZATION, value.clone());
+    }
+    credentials
+}
+
 /// How long streams stay open here: up to a tenth longer, so that they do not all come anew at once.
-fn age_max(age: Duration) -> Duration {
+pub(super) fn age_max(age: Duration) -> Duration {
     let jitter = ambient::random::<1>().map_or(0, |[byte]| u32::from(byte));
     age + age / 10 * jitter / 256
 }
 
 /// How long one stream may stay open.
-struct Span {
-    longest: Duration,
+#[derive(Clone, Copy)]
+pub(super) struct Span {
+    pub(super) longest: Duration,
     is_the_callers: bool,
 }
 
 impl Span {
-    fn new(headers: &HeaderMap, ours: Duration) -> Result<Self, Status> {
+    pub(super) fn new(headers: &HeaderMap, ours: Duration) -> Result<Self, Status> {
         let longest = gate::deadline(headers, ours)?;
         if longest.is_zero() { Err(status::deadline_exceeded()) } else { Ok(Self { longest, is_the_callers: longest < ours }) }
     }
 
-    fn over(&self) -> Status {
+    pub(super) fn over(&self) -> Status {
         if self.is_the_callers {
             status::deadline_exceeded()
         } else {

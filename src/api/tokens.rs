@@ -18,7 +18,8 @@ impl TokenService for Api {
     async fn create_token(&self, request: Request<proto::CreateTokenRequest>) -> Answer<proto::CreateTokenResponse> {
         let (Call { caller, now, deadline }, message) = call(request)?;
         let request = RequestId { id: message.request_id.clone(), request: prost::Message::encode_to_vec(&message) };
-        let ((token, secret), propagation) = self.in_force(self.issuer.create(caller, new_token(message), request, now).await?, deadline).await;
+        let ((token, secret), propagation) =
+            self.in_force(self.issuer.create(caller, new_token(message), request, now).await?, deadline).await;
         Ok(Response::new(proto::CreateTokenResponse {
             token: Some(convert::token(token, now)),
             secret: secret.reveal().to_owned(),
@@ -59,10 +60,7 @@ impl TokenService for Api {
         let (Call { caller, now, deadline }, message) = call(request)?;
         let target = Target { id: message.id, etag: message.etag };
         let (token, propagation) = self.in_force(self.issuer.deactivate(caller, target, now).await?, deadline).await;
-        Ok(Response::new(proto::DeactivateTokenResponse {
-            token: Some(convert::token(token, now)),
-            propagation,
-        }))
+        Ok(Response::new(proto::DeactivateTokenResponse { token: Some(convert::token(token, now)), propagation }))
     }
 
     async fn revoke_token(&self, request: Request<proto::RevokeTokenRequest>) -> Answer<proto::RevokeTokenResponse> {
@@ -98,11 +96,10 @@ impl TokenService for Api {
         request: Request<proto::RevokePrincipalTokensRequest>,
     ) -> Answer<proto::RevokePrincipalTokensResponse> {
         let (Call { caller, now, deadline }, message) = call(request)?;
-        let (revoked, propagation) = self.in_force(self.issuer.revoke_principal(caller, &message.workspace, &message.principal, &message.reason, now).await?, deadline).await;
-        Ok(Response::new(proto::RevokePrincipalTokensResponse {
-            revoked_count: i32::try_from(revoked).unwrap_or(i32::MAX),
-            propagation,
-        }))
+        let (revoked, propagation) = self
+            .in_force(self.issuer.revoke_principal(caller, &message.workspace, &message.principal, &message.reason, now).await?, deadline)
+            .await;
+        Ok(Response::new(proto::RevokePrincipalTokensResponse { revoked_count: i32::try_from(revoked).unwrap_or(i32::MAX), propagation }))
     }
 }
 

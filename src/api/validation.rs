@@ -3,7 +3,7 @@
 use prost::Message as _;
 use tonic::{Request, Response, Status, Streaming, codegen::BoxStream};
 
-use super::{Api, Call, call, convert};
+use super::{Api, Call, call, convert, invalidations};
 use crate::{
     error::{Error, Violations},
     grant::{Derived, Grant, Need},
@@ -25,6 +25,12 @@ impl ValidationService for Api {
     /// Never called: the gate hands this method to `stream`, where a message that does not decode does not end the call.
     async fn stream_validate_tokens(&self, _: Request<Streaming<proto::ValidateTokenRequest>>) -> Answer<Self::StreamValidateTokensStream> {
         Err(Error::Internal("a call came past the gate".into()).into())
+    }
+
+    type WatchInvalidationsStream = invalidations::Told;
+
+    async fn watch_invalidations(&self, request: Request<proto::WatchInvalidationsRequest>) -> Answer<Self::WatchInvalidationsStream> {
+        self.watch(request).map(Response::new)
     }
 
     async fn validate_token(&self, request: Request<proto::ValidateTokenRequest>) -> Answer<proto::ValidateTokenResponse> {

@@ -28,7 +28,9 @@ impl WorkspaceService for Api {
             notices: message.notices.map(|notices| whole_notices(&notices, &mut violations)).unwrap_or_default(),
             violations: Violations::default(),
         };
-        let (workspace, propagation) = self.in_force(self.directory.create_workspace(caller, &message.id, WorkspacePatch { violations, ..patch }, now).await?, deadline).await;
+        let (workspace, propagation) = self
+            .in_force(self.directory.create_workspace(caller, &message.id, WorkspacePatch { violations, ..patch }, now).await?, deadline)
+            .await;
         Ok(Response::new(proto::CreateWorkspaceResponse { workspace: Some(shown(workspace)), propagation }))
     }
 
@@ -59,7 +61,8 @@ impl WorkspaceService for Api {
     async fn suspend_workspace(&self, request: Request<proto::SuspendWorkspaceRequest>) -> Answer<proto::SuspendWorkspaceResponse> {
         let (Call { caller, now, deadline }, message) = call(request)?;
         let target = WorkspaceTarget { id: message.id, etag: message.etag };
-        let (workspace, propagation) = self.in_force(self.directory.suspend_workspace(caller, target, &message.reason, now).await?, deadline).await;
+        let (workspace, propagation) =
+            self.in_force(self.directory.suspend_workspace(caller, target, &message.reason, now).await?, deadline).await;
         Ok(Response::new(proto::SuspendWorkspaceResponse { workspace: Some(shown(workspace)), propagation }))
     }
 

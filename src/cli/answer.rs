@@ -3,6 +3,7 @@
 mod audit;
 mod notices;
 mod principals;
+mod replicas;
 mod workspaces;
 
 use std::fmt::Write as _;

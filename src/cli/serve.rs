@@ -34,15 +34,27 @@ pub(super) fn serve(config: &Config) -> ExitCode {
 
 /// Brings the database's schema up to date.
 pub(super) fn migrate(config: &Config) -> ExitCode {
-    telemetry::init_logs(&config.log, config.log_format);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let work = async {
-        let store = Store::open(&config.database_url, true, Box::new(|_, _, _| ())).await?;
-        store.close().await.map_err(|error| error.to_string())
-    };
-    outcome(runtime.map_err(|error| error.to_string()).and_then(|runtime| runtime.block_on(work)).inspect(|()| {
+    outcome(with_store(config, false).inspect(|()| {
         println!("The schema of {:?} is up to date.", config.database_url);
     }))
+}
+
+/// As [`migrate`], for a database that was put back to an earlier state.
+pub(super) fn restore(config: &Config) -> ExitCode {
+    outcome(with_store(config, true).inspect(|()| {
+        println!("The schema of {:?} is up to date, and every server forgets what it knew of it.", config.database_url);
+        println!("What was revoked after the backup was made is not revoked any more: revoke it again.");
+    }))
+}
+
+fn with_store(config: &Config, is_restored: bool) -> Result<(), String> {
+    telemetry::init_logs(&config.log, config.log_format);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
+    runtime.block_on(async {
+        let store = Store::open(&config.database_url, true, Box::new(|_, _, _| ())).await?;
+        let begun = if is_restored { store.begin_epoch().await } else { Ok(()) };
+        begun.and(store.close().await).map_err(|error| error.to_string())
+    })
 }
 
 /// Makes one more root token, for when the last one is lost.

@@ -49,7 +49,12 @@ impl Directory {
     ///
     /// # Errors
     /// `Invalid`, `Denied` (the caller would raise its own role), `NotFound` (the workspace), `Conflict`, `Unavailable`, `Overloaded`.
-    pub async fn upsert_principal(self: &Arc<Self>, caller: Caller, input: PrincipalInput, now: Time) -> Result<Changed<(Principal, bool)>> {
+    pub async fn upsert_principal(
+        self: &Arc<Self>,
+        caller: Caller,
+        input: PrincipalInput,
+        now: Time,
+    ) -> Result<Changed<(Principal, bool)>> {
         let workspace = caller.workspace(&input.target.workspace)?.to_owned();
         let mut violations = input.violations;
         let id = violations.take("principal.id", rules::principal(&input.target.id));
@@ -192,7 +197,13 @@ impl Directory {
     ///
     /// # Errors
     /// As [`Directory::suspend_principal`].
-    pub async fn delete_principal(self: &Arc<Self>, caller: Caller, target: PrincipalTarget, reason: &str, now: Time) -> Result<Changed<usize>> {
+    pub async fn delete_principal(
+        self: &Arc<Self>,
+        caller: Caller,
+        target: PrincipalTarget,
+        reason: &str,
+        now: Time,
+    ) -> Result<Changed<usize>> {
         let (workspace, reason) = read_target(&caller, &target, reason)?;
         let directory = Arc::clone(self);
         self.fence

@@ -269,8 +269,7 @@ mod tests {
     #[test]
     fn the_barrier_waits_for_each_servers_own_lease() {
         let since = Stopwatch::start();
-        let mut replicas =
-            vec![replica("me", 0, 60_000), replica("knows", 7, 60_000), replica("short", 6, 1), replica("long", 6, 60_000)];
+        let mut replicas = vec![replica("me", 0, 60_000), replica("knows", 7, 60_000), replica("short", 6, 1), replica("long", 6, 60_000)];
         let look = |replicas: &[Replica]| Look { began: Stopwatch::start(), replicas: replicas.to_vec(), head: 7 };
         assert_eq!(names(&behind(&look(&replicas), "me", 7, since)), ["short", "long"]);
         while since.elapsed() < Duration::from_millis(60) {
@@ -283,7 +282,10 @@ mod tests {
         replicas[2].is_acked_only = true;
         replicas[3].is_evicted = true;
         let look = look(&replicas);
-        assert_eq!(behind(&look, "me", 7, since).iter().map(|(replica, left)| (&*replica.id, *left)).collect::<Vec<_>>(), [("short", None)]);
+        assert_eq!(
+            behind(&look, "me", 7, since).iter().map(|(replica, left)| (&*replica.id, *left)).collect::<Vec<_>>(),
+            [("short", None)]
+        );
     }
 
     #[test]

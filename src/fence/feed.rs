@@ -140,7 +140,7 @@ impl Fence {
 }
 
 impl Feed {
-    /// Waits for something that the reader does not know, but not for longer than this: then it hears how fresh that is.
+    /// Waits for something that the reader does not know, but not for longer than this: then it hears how fresh that is. It is told again until [`Feed::take`].
     ///
     /// # Errors
     /// `Precondition`: what has changed since the reader's position is not known any more. `Unavailable`.
@@ -162,11 +162,16 @@ impl Feed {
                 reach.position.epoch
             )));
         }
-        let (number, invalidations) = if position.number >= reach.from { self.recent(position.number) } else { self.logged(position).await? };
+        let (number, invalidations) =
+            if position.number >= reach.from { self.recent(position.number) } else { self.logged(position).await? };
         let number = number.unwrap_or(reach.position.number);
         let position = Position { number, ..position };
-        self.position = Some(position);
         Ok(News { position, invalidations, as_of: (number >= reach.position.number).then_some(reach.as_of) })
+    }
+
+    /// The reader has heard this.
+    pub fn take(&mut self, news: &News) {
+        self.position = Some(news.position);
     }
 
     /// What came after a number; and up to which number that goes, if there is more.

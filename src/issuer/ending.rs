@@ -104,13 +104,7 @@ impl Issuer {
     ///
     /// # Errors
     /// `Invalid`, `Denied`, `NotFound` (the workspace), `Precondition` (no session is named, and the caller is bound to none), `Unavailable`, `Overloaded`.
-    pub async fn end_session(
-        self: &Arc<Self>,
-        caller: Caller,
-        workspace: &str,
-        session_id: &str,
-        now: Time,
-    ) -> Result<Changed<usize>> {
+    pub async fn end_session(self: &Arc<Self>, caller: Caller, workspace: &str, session_id: &str, now: Time) -> Result<Changed<usize>> {
         let workspace = caller.workspace(workspace)?.to_owned();
         rules::session(session_id).map_err(|rule| Error::invalid("session_id", rule))?;
         let own = if caller.token_id.is_some() { self.presented(&caller).await?.session_id } else { String::new() };

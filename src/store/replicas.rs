@@ -296,7 +296,6 @@ impl Tx<'_> {
         let row = self.query_one(sql, vec![now.micros().into(), id.into()]).await?;
         row.map_or(Ok(None), |row| replica(&row))
     }
-
 }
 
 fn number(row: &QueryResult, index: usize) -> Result<i64> {

@@ -195,8 +195,7 @@ impl Tx<'_> {
 
     /// As [`Tx::touch`], a token by all that it may be known by.
     pub(super) fn touch_token(&mut self, id: TokenId, workspace: &str, digests: &[Digest]) {
-        let touched =
-            |digest: &Digest| Touched { subject: Subject::Token(*digest), workspace: workspace.to_owned(), token_id: Some(id) };
+        let touched = |digest: &Digest| Touched { subject: Subject::Token(*digest), workspace: workspace.to_owned(), token_id: Some(id) };
         self.touched.extend(digests.iter().map(touched));
     }
 

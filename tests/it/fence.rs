@@ -277,7 +277,10 @@ fn a_server_that_missed_something_begins_anew() {
             ("an eviction", "UPDATE replica SET evicted = TRUE"),
             ("its row is gone", "DELETE FROM replica"),
             ("a database that was put back", "UPDATE change_head SET epoch = epoch + 1"),
-            ("a head that went back", "DELETE FROM change_log WHERE seq = (SELECT seq FROM change_head); UPDATE change_head SET seq = seq - 1"),
+            (
+                "a head that went back",
+                "DELETE FROM change_log WHERE seq = (SELECT seq FROM change_head); UPDATE change_head SET seq = seq - 1",
+            ),
             ("a log that does not reach back", "UPDATE change_head SET seq = seq + 5, pruned_seq = seq + 5"),
         ] {
             let (token, secret) = admin.issue("t", &[]).await;
