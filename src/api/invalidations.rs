@@ -16,7 +16,7 @@ use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
 use tokio::{
     sync::{OwnedSemaphorePermit, mpsc, oneshot, watch},
-    time::{Instant, sleep_until, timeout},
+    time::{sleep, timeout},
 };
 use tonic::{Status, body::Body, codegen::tokio_stream};
 
@@ -104,12 +104,12 @@ impl Watcher {
     /// Tells what has changed until there is a reason not to.
     async fn tell(self, mut feed: Feed, messages: &mpsc::Sender<proto::WatchInvalidationsResponse>) -> Status {
         let _place = self.place.lock().take();
-        let end = Instant::now() + self.time.longest;
+        let mut end = std::pin::pin!(sleep(self.time.longest));
         let mut closing = watch::Receiver::clone(&self.peer.closing);
         loop {
             let news = tokio::select! {
                 news = feed.next(HEARTBEAT) => news,
-                () = sleep_until(end) => return self.time.over(),
+                () = &mut end => return self.time.over(),
                 _ = closing.wait_for(|closing| *closing) => return status::reopen(stream::CLOSING),
                 () = messages.closed() => return Status::cancelled("the caller has gone"),
             };

@@ -24,7 +24,8 @@ use crate::{
 const RECENT_MAX: usize = 10_000;
 /// What one message tells at most.
 const NEWS_MAX: usize = 500;
-/// What is read of the log at once.
+/// What is read of the log at once; and if that is not one number whole.
+const PAGE_MAX: u32 = 2_000;
 const LOG_MAX: u32 = 50_000;
 /// How long the log may take to answer.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -182,14 +183,21 @@ impl Feed {
     }
 
     async fn logged(&self, position: Position) -> Result<(Option<i64>, Vec<Invalidation>)> {
-        let log = self.fence.store.changes_after(position.number, LOG_MAX, PATIENCE).await?;
-        if log.epoch != position.epoch || position.number < log.pruned || log.is_cut {
+        let mut log = self.fence.store.changes_after(position.number, PAGE_MAX, PATIENCE).await?;
+        let last = |log: &Log| log.changes.last().map(|change| change.seq).filter(|_| log.is_cut);
+        if last(&log).is_some_and(|last| log.changes.iter().all(|change| change.seq == last)) {
+            log = self.fence.store.changes_after(position.number, LOG_MAX, PATIENCE).await?;
+        }
+        // The last number may not be there whole.
+        let cut = last(&log);
+        log.changes.retain(|change| cut.is_none_or(|cut| change.seq < cut));
+        if log.epoch != position.epoch || position.number < log.pruned || (cut.is_some() && log.changes.is_empty()) {
             return Err(Error::precondition(
                 "what has changed since this number is not known any more: forget every answer that you keep, and begin without a position",
             ));
         }
         let (number, invalidations) = self.page(log.changes.into_iter());
-        Ok((number.or(Some(log.head)), invalidations))
+        Ok((number.or(Some(cut.map_or(log.head, |cut| cut - 1))), invalidations))
     }
 
     /// As many numbers as fit into a message, each of them whole. One that is too large by itself is told by its workspaces.

@@ -93,13 +93,12 @@ impl Line {
     pub(super) async fn run(&self, statement: Statement, patience: Duration) -> Option<Result<Vec<QueryResult>, DbErr>> {
         let work = async {
             let known = self.connection.lock().clone();
-            let connection = match known {
-                Some(connection) => connection,
-                None => {
-                    let connection = connect_pool(&self.url, 1).await?;
-                    *self.connection.lock() = Some(connection.clone());
-                    connection
-                }
+            let connection = if let Some(connection) = known {
+                connection
+            } else {
+                let connection = connect_pool(&self.url, 1).await?;
+                *self.connection.lock() = Some(connection.clone());
+                connection
             };
             connection.query_all_raw(statement).await
         };

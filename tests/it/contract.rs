@@ -65,6 +65,11 @@ impl Decoder for Raw {
 async fn call(actor: &Actor, path: &str, message: Bytes) -> Result<Bytes, Status> {
     let mut grpc = tonic::client::Grpc::new(actor.channel.clone());
     grpc.ready().await.expect("connected");
+    if path.ends_with("/WatchInvalidations") {
+        // It goes on: its first message is the answer.
+        let mut stream = grpc.server_streaming(actor.request(message), path.parse().expect("a path"), Raw).await?.into_inner();
+        return stream.message().await.map(|first| first.expect("a message"));
+    }
     grpc.unary(actor.request(message), path.parse().expect("a path"), Raw).await.map(tonic::Response::into_inner)
 }
 
@@ -114,6 +119,9 @@ fn every_element_has_a_comment() {
         }
     }
 }
+
+/// A server that is gone.
+const REPLICA: &str = "gone";
 
 /// A fault and a notice of one workspace. They stay what they are, whatever is done with them: the fault is acknowledged once, and the receiver of the notice may
 /// not be called.
@@ -195,6 +203,7 @@ impl Subject {
         match field.name() {
             "id" if message.contains("Workspace") => text(&self.workspace),
             "id" if message.contains("Principal") => text(&self.principal),
+            "id" if message.contains("Replica") => text(REPLICA),
             "id" if message.contains("Fault") => text(&self.told.fault),
             "id" if message.contains("Notice") => text(&self.told.notice),
             "id" => text(&self.id),
@@ -270,6 +279,8 @@ async fn every_method_is_closed_to_those_it_is_not_for(mut world: World) {
     world.restart().await;
     world.relax().await;
     world.add_workspace("other", "ot").await;
+    let replica = "INSERT INTO replica (incarnation, address, version, lease_ms, acked_seq, renewal, evicted)";
+    world.db_execute(&format!("{replica} VALUES ('{REPLICA}', '', '', 1000, 0, 0, TRUE)")).await;
     let told = [Told::new(&world, "default").await, Told::new(&world, "other").await];
     println!("{:<58} {:<20} {:<18} {:<18}", "method", "role", "own workspace", "other workspace");
     for (path, input) in declared() {

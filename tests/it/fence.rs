@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use keyward::proto::{self, PropagationState, TokenState, Verdict};
 use tonic::{Code, Status};
+use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::{
     proxy::Proxy,
@@ -238,7 +239,6 @@ fn health_tells_that_nothing_can_be_answered() {
             let asked = tonic_health::pb::HealthCheckRequest { service: "keyward.v1.ValidationService".to_owned() };
             client.check(asked).await.expect("an answer").into_inner().status()
         };
-        use tonic_health::pb::health_check_response::ServingStatus;
         assert_eq!(health().await, ServingStatus::Serving);
         proxy.cut();
         eventually("it says so", async || (health().await == ServingStatus::NotServing).then_some(())).await;

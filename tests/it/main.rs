@@ -58,5 +58,6 @@ mod tls;
 mod tokens;
 mod validation;
 mod walls;
+mod watchers;
 mod wishes;
 mod world;

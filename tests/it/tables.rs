@@ -14,7 +14,7 @@ pub const TEAMS: u64 = 1_000;
 
 /// The rows, for the numbers `n` from 1: the first are those of a large workspace, of two smaller ones and of one that was deleted long ago; the rest come in
 /// turns from the teams. There are tokens that many and that few have something in common with, and tokens that ended long ago.
-const FILL: [&str; 10] = [
+const FILL: [&str; 11] = [
     "INSERT INTO workspace (id, display_name, prefix, suspended, create_time, update_time, version, delete_time)
      SELECT 'team-' || (n - 1), 'Team', 'team' || (n - 1), false, 0, 0, 1, CAST(NULL AS BIGINT) FROM {numbers} WHERE n <= {teams}
      UNION ALL SELECT 'small', 'Small', 'sm', false, 0, 0, 1, NULL UNION ALL SELECT 'other', 'Other', 'ot', false, 0, 0, 1, NULL
@@ -53,7 +53,8 @@ const FILL: [&str; 10] = [
         principal, reason, before, after)
      SELECT 'evt_' || {padded}, 'default', n, 'CreateToken', 'default', 'admin', NULL, '127.0.0.1', NULL, '', '', NULL, NULL
      FROM {numbers} WHERE n <= 300",
-    "INSERT INTO change_log SELECT 1000000 + n, 0, 1, {digest}, {now} + n FROM {tokens} WHERE n % 5 = 0",
+    "INSERT INTO change_log (seq, item, kind, subject, change_time) SELECT 1000000 + n, 0, 1, {digest}, {now} + n FROM {tokens} WHERE n % 5 = 0",
+    "UPDATE change_head SET seq = (SELECT MAX(seq) FROM change_log)",
     "INSERT INTO replay SELECT {digest}, {digest}, {digest}, {now} + 3600000000 + n FROM {tokens} WHERE n % 5 = 0",
 ];
 
