@@ -92,7 +92,7 @@ fn call<T>(mut request: Request<T>) -> Result<(Call, T), Status> {
 }
 
 /// What is left of a deadline for the answer itself.
-const ANSWER_TIME: Duration = Duration::from_millis(200);
+const ANSWER_TIME: Duration = Duration::from_millis(500);
 
 impl Api {
     /// Waits until a change is in force everywhere, as long as its caller waits, and answers how far it has got.

@@ -35,9 +35,10 @@ const ALONE_INTERVAL: Duration = Duration::from_secs(1);
 /// Things that are told at once. If more have changed, everything is forgotten.
 const CHANGES_MAX: u32 = 50_000;
 /// A sign of life is due so many times in a lease, if there is nothing to confirm.
-const RENEWALS_PER_LEASE: u32 = 4;
-/// How long a statement may take, at most.
+const RENEWALS_PER_LEASE: u32 = 10;
+/// How long a statement may take, at most; with a short lease, this part of it.
 const PATIENCE_MAX: Duration = Duration::from_secs(1);
+const PATIENCES_PER_LEASE: u32 = 4;
 /// How long it is waited before the way for hints is opened anew.
 const HINTS_PAUSE: Duration = Duration::from_secs(1);
 
@@ -213,7 +214,7 @@ impl Fence {
     }
 
     fn patience(&self) -> Duration {
-        (self.settings.lease / RENEWALS_PER_LEASE).min(PATIENCE_MAX)
+        (self.settings.lease / PATIENCES_PER_LEASE).min(PATIENCE_MAX)
     }
 }
 
