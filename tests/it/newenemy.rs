@@ -1,7 +1,7 @@
 //! Real faults: three processes of the server on one real PostgreSQL, each behind a proxy of its own, asked all the time while others revoke.
 //!
 //! Processes are stopped for several leases and go on, get SIGKILL and start anew; their ways to the database are cut, also for so long that the log is pruned meanwhile; PostgreSQL itself
-//! crashes and recovers. Whoever asks notes beforehand whether the revocation had returned: then no answer may be VALID, on no server. (A "new enemy", as SpiceDB's tests call it.)
+//! crashes and recovers. Whoever asks notes beforehand whether the revocation had returned: then no answer may be VALID, on no server. (The "new enemy" of the paper on Zanzibar.)
 //! `KEYWARD_TEST_REVOCATIONS` is the number of revocations, `KEYWARD_TEST_SEED` what chance begins with.
 
 use std::{
@@ -118,7 +118,7 @@ impl Story {
                 ["--lease", &lease, "--replica-name", &name, "--keyring-file", &keyring.display().to_string()].map(str::to_owned).to_vec();
             let process = site.start().await;
             if number == 0 {
-                root = std::fs::read_to_string(site.folder.path().join("root")).expect("a first start").trim().to_owned();
+                root = std::fs::read_to_string(site.folder.path().join("root")).expect("a first start");
             }
             let port = Mutex::new(process.port());
             servers.push(Server { site, proxy, process: Mutex::new(Some(process)), port });
@@ -126,7 +126,7 @@ impl Story {
         Arc::new(Self {
             postgres,
             url,
-            root,
+            root: root.trim().to_owned(),
             servers,
             bundles: Mutex::default(),
             revocations: number_from("KEYWARD_TEST_REVOCATIONS").unwrap_or(REVOCATIONS),
@@ -204,19 +204,16 @@ impl Story {
             let token = &bundle.tokens[random.below(BUNDLE as u64) as usize];
             let was_revoked = token.is_revoked.load(Ordering::SeqCst);
             let asked = actor.ask(proto::ValidateTokenRequest { token: token.secret.clone(), peek: true, ..Default::default() }).await;
-            match asked {
-                Ok(answer) => {
-                    self.answers.fetch_add(1, Ordering::SeqCst);
-                    if answer.verdict() == Verdict::Valid {
-                        self.valid.fetch_add(1, Ordering::SeqCst);
-                        assert!(!was_revoked, "server {server} calls {} good, whose revocation had returned before it was asked", token.id);
-                    }
-                }
-                Err(_) => {
-                    self.unavailable.fetch_add(1, Ordering::SeqCst);
-                    actor = self.actor(server);
-                    tokio::time::sleep(Duration::from_millis(5)).await;
-                }
+            let Ok(answer) = asked else {
+                self.unavailable.fetch_add(1, Ordering::SeqCst);
+                actor = self.actor(server);
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                continue;
+            };
+            self.answers.fetch_add(1, Ordering::SeqCst);
+            if answer.verdict() == Verdict::Valid {
+                self.valid.fetch_add(1, Ordering::SeqCst);
+                assert!(!was_revoked, "server {server} calls {} good, whose revocation had returned before it was asked", token.id);
             }
         }
     }
