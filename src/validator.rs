@@ -286,8 +286,9 @@ impl Validator {
         let ticket = self.cache.ticket();
         let (is_suspended, is_admin) = self.store.standing(&caller.workspace, &caller.principal).await?;
         let standing = Standing { is_suspended, is_admin };
+        // Somebody who is not there yet may be made by the first use of their name, which other servers do not hear of: a refusal is not kept.
         // Not admitted is fine: this call began before the change was announced.
-        let _admitted = self.cache.admit_standing(&caller.workspace, &caller.principal, standing, ticket);
+        let _admitted = !is_suspended && self.cache.admit_standing(&caller.workspace, &caller.principal, standing, ticket);
         Ok(standing)
     }
 

@@ -6,6 +6,7 @@
 //! Invariant: a change is announced to the cache before it is confirmed (test `a_revocation_is_effective_on_every_server_when_it_returns`).
 //! Invariant: the lease counts from before the log was asked, and nothing but a recorded renewal extends it (test
 //! `a_deadline_that_comes_first_is_told`).
+//! Invariant: what a server began to read before it was registered is never kept (test `what_is_read_before_a_server_is_registered_is_not_kept`).
 //! Invariant: a server that was evicted, or that the log tells nothing any more, or whose database was put back, empties its memory and registers anew
 //! (test `a_server_that_missed_something_begins_anew`).
 
@@ -179,10 +180,9 @@ impl Fence {
         self.recent.add(log, as_of);
     }
 
-    /// Becomes one of the servers that changes wait for. Its memory is empty, and what is being read will not be kept.
+    /// Becomes one of the servers that changes wait for. Its memory is empty.
     async fn register(&self) -> Result<Place> {
         self.cache.stop_serving();
-        self.cache.clear();
         let id = token::event_id(self.clock.now())?;
         let replica = NewReplica {
             id: id.clone(),
@@ -193,6 +193,8 @@ impl Fence {
             start_time: self.clock.now(),
         };
         let head = self.store.register(&replica, self.patience()).await?;
+        // Until the row was there no change waited for this server: what it began to read before may be out of date, and nobody will say so.
+        self.cache.clear();
         id.clone_into(&mut self.id.lock());
         if self.store.is_alone() {
             self.cache.serve_for_ever();

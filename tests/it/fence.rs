@@ -368,6 +368,36 @@ fn who_joins_a_flight_after_a_revocation_elsewhere_reads_anew() {
     });
 }
 
+/// A server that was evicted registers anew; meanwhile no change waits for it.
+#[test]
+fn what_is_read_before_a_server_is_registered_is_not_kept() {
+    run(async || {
+        let mut servers = Servers::start(1, &[]).await;
+        let proxy = servers.add_behind_proxy(&[("replica_name", "returning")]).await;
+        let admin = servers.0[0].admin().await;
+        let validators = servers.everywhere(&servers.0[0].validator().await).await;
+        let (token, secret) = admin.issue("t", &[]).await;
+        validators[1].verdict("warm").await;
+        // Its name is sent when it registers.
+        proxy.hold_before(b"returning".to_vec());
+        servers.0[0].db_execute("UPDATE replica SET evicted = TRUE WHERE address = 'returning'").await;
+        eventually("it has forgotten everything", async || proxy.is_holding().then_some(())).await;
+        proxy.hold_after(servers.0[0].db_digest(&token.id).await);
+        let early = tokio::spawn({
+            let (validator, secret) = (validators[1].clone(), secret.clone());
+            async move { validator.verdict(&secret).await }
+        });
+        eventually("the token is being read", async || proxy.is_holding().then_some(())).await;
+        assert_eq!(revoke(&admin, &token.id, None).await.expect("revoked").state(), PropagationState::Complete);
+        proxy.release_requests();
+        let lease = async || servers.0[1].metric("keyward_fence_lease_seconds").await;
+        eventually("it answers from memory again", async || (lease().await > 0.0).then_some(())).await;
+        proxy.release();
+        assert!(matches!(early.await.expect("an answer"), Verdict::Valid | Verdict::Revoked));
+        assert_eq!(validators[1].verdict(&secret).await, Verdict::Revoked);
+    });
+}
+
 /// Each of them would make a keyring of its own.
 #[test]
 fn servers_that_start_on_an_empty_database_at_once_have_one_keyring_and_one_root_token() {

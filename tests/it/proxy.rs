@@ -32,6 +32,7 @@ pub struct Proxy {
     pub port: u16,
     orders: Arc<Orders>,
     release: watch::Sender<bool>,
+    release_requests: watch::Sender<bool>,
     kill: watch::Sender<u64>,
 }
 
@@ -42,14 +43,16 @@ impl Proxy {
         let port = listener.local_addr().expect("an address").port();
         let orders = Arc::new(Orders::default());
         let (release, released) = watch::channel(false);
+        let (release_requests, requests_released) = watch::channel(false);
         let (kill, killed) = watch::channel(0);
-        let proxy = Self { port, orders: Arc::clone(&orders), release, kill };
+        let proxy = Self { port, orders: Arc::clone(&orders), release, release_requests, kill };
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 if orders.cut.load(Ordering::SeqCst) {
                     continue;
                 }
-                let (orders, released, mut killed) = (Arc::clone(&orders), released.clone(), killed.clone());
+                let (orders, mut killed) = (Arc::clone(&orders), killed.clone());
+                let released = (requests_released.clone(), released.clone());
                 tokio::spawn(async move {
                     let Ok(server) = TcpStream::connect(("127.0.0.1", target)).await else { return };
                     let generation = *killed.borrow_and_update();
@@ -83,7 +86,7 @@ impl Proxy {
 
     /// Holds the first request that holds these bytes, until [`Proxy::release`].
     pub fn hold_before(&self, bytes: Vec<u8>) {
-        self.release.send_replace(false);
+        self.release_requests.send_replace(false);
         self.orders.holding.store(false, Ordering::SeqCst);
         *self.orders.stop.lock().expect("not poisoned") = Some(bytes);
     }
@@ -93,17 +96,23 @@ impl Proxy {
     }
 
     pub fn release(&self) {
+        self.release_requests();
         self.release.send_replace(true);
+    }
+
+    /// Lets requests go on, and goes on holding replies.
+    pub fn release_requests(&self) {
+        self.release_requests.send_replace(true);
     }
 }
 
-async fn pass(client: TcpStream, server: TcpStream, orders: Arc<Orders>, released: watch::Receiver<bool>) {
+async fn pass(client: TcpStream, server: TcpStream, orders: Arc<Orders>, released: (watch::Receiver<bool>, watch::Receiver<bool>)) {
     let (client_read, client_write) = client.into_split();
     let (server_read, server_write) = server.into_split();
     let held = Arc::new(AtomicBool::new(false));
     tokio::select! {
-        () = requests(client_read, server_write, orders, Arc::clone(&held), released.clone()) => {}
-        () = replies(server_read, client_write, held, released) => {}
+        () = requests(client_read, server_write, orders, Arc::clone(&held), released.0) => {}
+        () = replies(server_read, client_write, held, released.1) => {}
     }
 }
 
