@@ -33,6 +33,7 @@ mod keeping;
 mod limits;
 mod mailbox;
 mod mails;
+mod model;
 mod notices;
 mod outlets;
 mod people;

@@ -2,7 +2,7 @@
 
 use super::{
     Fence, Guard, Step, Steps,
-    state::{Backup, CHANGES, Changes, Database, GONE, NONE, Phase, REPLICAS, Row, Stage, State, bit, older},
+    state::{Backup, Database, GONE, NONE, Phase, REPLICAS, Row, Stage, State, bit, older},
 };
 
 /// How a row lets a change pass.
@@ -20,12 +20,7 @@ impl Fence {
         if state.changes[index].stage == Stage::Repeated { self.setup.again } else { self.setup.hosts[index] }
     }
 
-    /// The changes that were told to be complete.
-    pub fn returned(&self, state: &State) -> Changes {
-        let returned = (0..CHANGES).filter(|index| state.changes[*index].stage == Stage::Returned);
-        returned.fold(0, |changes, index| changes | bit(index))
-    }
-
+    /// Time passes for all, but for a replica whose clocks stand still.
     pub fn tick(&self, state: &State, frozen: Option<usize>) -> State {
         let mut next = *state;
         let most = self.setup.longest_lease();
@@ -98,7 +93,7 @@ impl Fence {
         {
             steps.add(Step::TellOwnCache(index), state, |next| {
                 next.changes[index].told = true;
-                self.tombstone(&mut next.replicas[at], self.setup.subjects[index]);
+                next.replicas[at].tombstone(self.setup.subjects[index]);
             });
         }
         if told && (self.lacks(Guard::Barrier) || self.is_complete(state, index)) {
@@ -106,7 +101,8 @@ impl Fence {
         }
     }
 
-    /// A change that was left is made again: it is found made, and the barrier is what remains to be done.
+    /// A change that was left is made again: it is found made, and the barrier is what remains to be done. (Here it is about the number of the change.
+    /// Who does not know that takes the head, which is at least as much.)
     fn repeat(&self, state: &State, index: usize, steps: &mut Steps) {
         if self.setup.again.is_some_and(|at| state.replicas[at].phase != Phase::Up) {
             return;
@@ -134,20 +130,20 @@ impl Fence {
         for (at, passage) in passages.iter_mut().enumerate().take(self.setup.replicas) {
             let overlooked = self.lacks(Guard::RowsAfterCommit) && change.rows & bit(at) == 0;
             if host != Some(at) && !overlooked {
-                passage[0] = self.passage(&state.database.rows[at], change.number, change.since, at);
+                passage[0] = self.passage(state.database.rows[at], change.number, change.since, at);
             }
-            passage[1] = self.passage(&state.database.ghosts[at], change.number, change.since, at);
+            passage[1] = self.passage(state.database.ghosts[at], change.number, change.since, at);
         }
         passages
     }
 
-    fn passage(&self, row: &Row, number: u8, since: u8, at: usize) -> Passage {
+    fn passage(&self, row: Row, number: u8, since: u8, at: usize) -> Passage {
         let lease = self.lease_of_row(at);
         let timed = !self.setup.acked_only || self.lacks(Guard::SilenceIsNoAnswer);
         let dead = self.lacks(Guard::EvictedBeforeTakenForDead) && row.watched != NONE && row.watched >= lease;
         match row {
             Row { there: false, .. } => Passage::Gone,
-            Row { acked, .. } if *acked >= number => Passage::Acknowledged,
+            Row { acked, .. } if acked >= number => Passage::Acknowledged,
             _ if dead || (timed && since >= lease) => Passage::WaitedOut,
             _ => Passage::Blocked,
         }
@@ -199,6 +195,7 @@ impl Fence {
 
     /// The backup, or a standby that lags behind, takes the place of the database. What was under way there is gone.
     fn restore(&self, next: &mut State) {
+        // Whoever restores without a mark has to see to it that the database is away for longer than any lease lasts.
         if !self.setup.marked && !self.lacks(Guard::UnmarkedOnlyAfterALease) {
             for _ in 0..self.setup.longest_lease() {
                 *next = self.tick(next, None);

@@ -9,7 +9,8 @@ impl Fence {
     pub fn replica_steps(&self, state: &State, at: usize, steps: &mut Steps) {
         self.life_steps(state, at, steps);
         self.link_steps(state, at, steps);
-        for token in 0..self.setup.tokens {
+        let tokens = if at < self.setup.keepers { self.setup.tokens } else { 0 };
+        for token in 0..tokens {
             self.fill_steps(state, at, token, steps);
         }
     }
@@ -105,11 +106,10 @@ impl Fence {
             }
             Talk::Polled => {
                 self.take_in(state, at, steps);
-                let late = self.lacks(Guard::LateReplyDropped);
-                steps.add(Step::GiveUpPoll(at), state, |next| match late {
+                steps.add(Step::GiveUpPoll(at), state, |next| {
+                    let link = &mut next.replicas[at].link;
                     // The retry has a `t0` of its own, and what came is the reply to the attempt before.
-                    true => next.replicas[at].link.age = 0,
-                    false => next.replicas[at].link = SILENT,
+                    *link = if self.lacks(Guard::LateReplyDropped) { Link { age: 0, ..*link } } else { SILENT };
                 });
                 if self.lacks(Guard::AppliedBeforeAcknowledged) && state.database.rows[at].there {
                     steps.add(Step::AcknowledgeFirst(at), state, |next| next.database.rows[at].acked = state.head_of(replica.link.read));
@@ -155,7 +155,7 @@ impl Fence {
             for index in 0..self.setup.changes {
                 let number = state.changes[index].number;
                 if link.read & bit(index) != 0 && number > replica.mine.max(link.pruned) {
-                    self.tombstone(&mut next.replicas[at], self.setup.subjects[index]);
+                    next.replicas[at].tombstone(self.setup.subjects[index]);
                 }
             }
             let head = if self.lacks(Guard::OneStatement) { state.head() } else { head };
@@ -171,13 +171,6 @@ impl Fence {
         });
     }
 
-    pub fn tombstone(&self, replica: &mut Replica, token: usize) {
-        replica.cache[token] = NONE;
-        if matches!(replica.fills[token].flight, Flight::Sent | Flight::Read) {
-            replica.fills[token].tombstone = 0;
-        }
-    }
-
     /// Nobody writes a tombstone, or empties the cache, while something is being inserted.
     pub fn is_locked(&self, replica: &Replica) -> bool {
         !self.lacks(Guard::AdmissionLocked) && replica.fills.iter().any(|fill| fill.flight == Flight::Admitted)
@@ -186,8 +179,7 @@ impl Fence {
     /// A renewal arrives: the row is still there, has the renewal number that the replica knows, and is of the replica's epoch.
     fn renew(&self, state: &State, at: usize, steps: &mut Steps) {
         let (replica, row) = (&state.replicas[at], &state.database.rows[at]);
-        let same_epoch =
-            replica.epoch == state.database.epoch || self.lacks(Guard::EpochAtRenewal) || self.lacks(Guard::EpochNoticed);
+        let same_epoch = replica.epoch == state.database.epoch || self.lacks(Guard::EpochAtRenewal) || self.lacks(Guard::EpochNoticed);
         if self.lacks(Guard::RenewalUnlessEvicted) || (row.there && !replica.behind && same_epoch) {
             steps.add(Step::Renew(at), state, |next| {
                 record(next, at, replica.mine.max(row.acked));
@@ -284,7 +276,7 @@ impl Fence {
 
     /// Whoever is in the flight gets its answer, and may have joined it just now.
     fn share(&self, next: &mut State, token: usize, facts: u8) {
-        next.broken |= self.returned(next) & self.setup.of_token(token) & !facts != 0;
+        next.broken |= next.returned() & self.setup.of_token(token) & !facts != 0;
     }
 }
 

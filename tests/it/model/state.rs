@@ -155,6 +155,16 @@ pub const STARTED: Replica = Replica {
     fills: [GROUNDED; TOKENS],
 };
 
+impl Replica {
+    /// A change is applied: what is kept goes, and what is being read is too old.
+    pub fn tombstone(&mut self, token: usize) {
+        self.cache[token] = NONE;
+        if matches!(self.fills[token].flight, Flight::Sent | Flight::Read) {
+            self.fills[token].tombstone = 0;
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
     Unmade,
@@ -210,6 +220,12 @@ impl State {
     pub fn head(&self) -> u8 {
         self.head_of(self.database.committed)
     }
+
+    /// The changes that were told to be complete.
+    pub fn returned(&self) -> Changes {
+        let returned = self.changes.iter().enumerate().filter(|(_, change)| change.stage == Stage::Returned);
+        returned.fold(0, |changes, (index, _)| changes | bit(index))
+    }
 }
 
 /// All of it in one piece of bytes: hashing is most of the work of a check.
@@ -229,8 +245,7 @@ impl Hash for State {
         ]);
         words[1] = u64::from_le_bytes([u8::from(backup.taken), backup.committed, backup.same, 0, 0, 0, 0, 0]);
         for index in 0..REPLICAS {
-            let (replica, row, ghost, old) =
-                (&self.replicas[index], &database.rows[index], &database.ghosts[index], &backup.rows[index]);
+            let (replica, row, ghost, old) = (&self.replicas[index], &database.rows[index], &database.ghosts[index], &backup.rows[index]);
             let link = &replica.link;
             let at = 2 + 4 * index;
             words[at] = u64::from_le_bytes([
@@ -243,18 +258,18 @@ impl Hash for State {
                 replica.cache[0],
                 replica.cache[1],
             ]);
-            words[at + 1] =
-                u64::from_le_bytes([link.talk as u8, link.age, link.read, link.pruned, link.epoch, u8::from(row.there), row.acked, row.watched]);
-            words[at + 2] = u64::from_le_bytes([
-                u8::from(ghost.there),
-                ghost.acked,
-                ghost.watched,
-                u8::from(old.there),
-                old.acked,
-                0,
-                0,
-                0,
+            words[at + 1] = u64::from_le_bytes([
+                link.talk as u8,
+                link.age,
+                link.read,
+                link.pruned,
+                link.epoch,
+                u8::from(row.there),
+                row.acked,
+                row.watched,
             ]);
+            words[at + 2] =
+                u64::from_le_bytes([u8::from(ghost.there), ghost.acked, ghost.watched, u8::from(old.there), old.acked, 0, 0, 0]);
             let [one, other] = &replica.fills;
             words[at + 3] = u64::from_le_bytes([
                 one.flight as u8,
