@@ -159,7 +159,7 @@ impl Fence {
     /// # Errors
     /// As [`Tx::commit`].
     pub async fn conclude(self: &Arc<Self>, tx: Tx<'_>, now: Time) -> Result<Change> {
-        let (subjects, seq) = (tx.touched(), tx.seq());
+        let (subjects, seq, history_age) = (tx.touched(), tx.seq(), tx.history_age());
         for subject in &subjects {
             self.cache.embargo(subject);
         }
@@ -169,7 +169,7 @@ impl Fence {
         }
         self.lift(&subjects);
         self.tell_others();
-        Ok(Change::committed(seq))
+        Ok(Change::committed(seq, history_age))
     }
 
     /// Announces what a call before may have changed and failed to announce. That may not have reached the other servers yet either.
@@ -179,7 +179,7 @@ impl Fence {
             self.cache.bury(subject);
         }
         // The change has the lock of changes: the number before its own is that of the last change that was made.
-        Change::committed(tx.seq().map(|seq| seq - 1))
+        Change::committed(tx.seq().map(|seq| seq - 1), tx.history_age())
     }
 
     /// Announces something that has changed and that no fact hangs on elsewhere.

@@ -3,6 +3,8 @@
 //! A change waits for each other server until it has confirmed the change, or has left, or was evicted, or has been silent for longer than it may answer from memory. What the
 //! database says of the servers counts only if it was asked after the commit. Whoever waits shares one look at it.
 //!
+//! Invariant: after the database was put back, or another one has taken over, no change returns before servers that it may have forgotten cannot answer from memory any more (test
+//! `after_a_failover_changes_wait_for_those_who_are_forgotten`).
 //! Invariant: a server counts as silent by its own lease and by this server's clock, from the commit on (test `the_barrier_waits_for_each_servers_own_lease`).
 //! Invariant: who is evicted has given no sign of life for longer than its lease while this server watched (test
 //! `a_silent_server_is_evicted_and_a_living_one_is_not`).
@@ -38,18 +40,23 @@ const CLOCK_SKEW_PERCENT: u32 = 1;
 /// Longer than any deadline of a call.
 const CALLERS_PATIENCE: Duration = Duration::from_secs(20);
 const CLOCK_SLACK: Duration = Duration::from_millis(50);
+/// The longest lease that the settings allow.
+const LEASE_MAX: Duration = Duration::from_mins(1);
 
 /// A change that was made.
 #[derive(Clone, Copy, Debug)]
 pub struct Change {
     seq: Option<i64>,
     since: Stopwatch,
+    /// How long servers that the database has forgotten may still answer from memory.
+    forgotten: Duration,
 }
 
 impl Change {
-    /// It was made before now.
-    pub(super) fn committed(seq: Option<i64>) -> Self {
-        Self { seq, since: Stopwatch::start() }
+    /// It was made before now, so long after the database was put back or another one took over.
+    pub(super) fn committed(seq: Option<i64>, history_age: Option<Duration>) -> Self {
+        let forgotten = history_age.map_or(Duration::ZERO, |age| silence_of(LEASE_MAX).saturating_sub(age));
+        Self { seq, since: Stopwatch::start(), forgotten }
     }
 
     /// What a change answers.
@@ -131,7 +138,11 @@ impl Watch {
 
 /// How long a server that does not confirm a change may still answer from memory.
 fn silence_max(replica: &Replica) -> Option<Duration> {
-    (!replica.is_acked_only).then(|| replica.lease + replica.lease * CLOCK_SKEW_PERCENT / 100 + CLOCK_SLACK)
+    (!replica.is_acked_only).then(|| silence_of(replica.lease))
+}
+
+fn silence_of(lease: Duration) -> Duration {
+    lease + lease * CLOCK_SKEW_PERCENT / 100 + CLOCK_SLACK
 }
 
 /// The servers that may not know a change yet, and for how much longer; nothing: nobody knows how long.
@@ -144,7 +155,7 @@ fn behind<'a>(look: &'a Look, me: &str, seq: i64, since: Stopwatch) -> Vec<(&'a 
 impl Fence {
     /// Waits until a change is in force on every server, but not for longer than this.
     pub async fn propagate(&self, change: Option<Change>, patience: Duration) -> Propagation {
-        let Some(Change { seq: Some(seq), since }) = change else { return Propagation::Complete };
+        let Some(Change { seq: Some(seq), since, forgotten }) = change else { return Propagation::Complete };
         if self.store.is_alone() {
             return Propagation::Complete;
         }
@@ -153,13 +164,16 @@ impl Fence {
         loop {
             let look = looks.borrow_and_update().clone().filter(|look| look.began >= since);
             let late = look.as_ref().map(|look| behind(look, &me, seq, since));
-            if late.as_ref().is_some_and(Vec::is_empty) {
+            // The database may have forgotten servers: they are waited for without their rows.
+            let unseen = forgotten.saturating_sub(since.elapsed());
+            if unseen.is_zero() && late.as_ref().is_some_and(Vec::is_empty) {
                 return Propagation::Complete;
             }
             let left = patience.saturating_sub(begin.elapsed());
             if left.is_zero() {
                 let late = late.unwrap_or_default();
-                let longest = late.iter().map(|(_, left)| *left).reduce(|one, other| Some(one?.max(other?))).flatten();
+                let is_known = !late.is_empty() || !unseen.is_zero();
+                let longest = late.iter().try_fold(unseen, |longest, (_, left)| left.map(|left| longest.max(left))).filter(|_| is_known);
                 let replicas = late.iter().map(|(replica, _)| replica.id.clone()).collect();
                 return Propagation::Pending { complete_by: longest.map(|longest| self.clock.now() + longest), replicas };
             }

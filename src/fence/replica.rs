@@ -150,7 +150,8 @@ impl Fence {
         if place.acked == place.applied && !place.renewed.is_none_or(is_due) {
             return Ok(());
         }
-        match self.store.renew(&place.id, place.renewal, place.applied, self.patience()).await? {
+        let Some((epoch, timeline)) = &place.history else { return Ok(()) };
+        match self.store.renew(&place.id, place.renewal, place.applied, (*epoch, timeline), self.patience()).await? {
             Renewal::Recorded(renewal) => {
                 (place.renewal, place.acked, place.renewed) = (renewal, place.applied, Some(since));
                 self.acknowledged.store(place.acked, Ordering::SeqCst);

@@ -311,6 +311,9 @@ CREATE INDEX webhook_secret_by_workspace ON webhook_secret (workspace, id);
 const SEVERAL_SERVERS: &str = r"
 -- The last number whose rows were removed from the log.
 ALTER TABLE change_head ADD COLUMN pruned_seq BIGINT NOT NULL DEFAULT 0;
+-- Which timeline of the database the head was last written on, and since when (the database's clock, in milliseconds) that or the epoch is another one than before.
+ALTER TABLE change_head ADD COLUMN timeline {text} NOT NULL DEFAULT '';
+ALTER TABLE change_head ADD COLUMN history_time BIGINT NOT NULL DEFAULT 0;
 
 -- What those who ask know a changed token by.
 ALTER TABLE change_log ADD COLUMN workspace {text} NOT NULL DEFAULT '';

@@ -18,6 +18,9 @@ use crate::{
     grant::Subject,
 };
 
+/// The timeline of a PostgreSQL: another one after each failover. The first part of the name of a log file
+/// (<https://www.postgresql.org/docs/current/functions-admin.html>).
+pub(super) const TIMELINE: &str = "substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)";
 /// The channel of PostgreSQL on which servers are told that something has changed.
 const CHANNEL: &str = "keyward";
 
@@ -107,6 +110,11 @@ impl Store {
             let rest = Statement::from_string(self.backend(), "DELETE FROM replica");
             self.writing("register", self.writer.execute_raw(rest)).await?;
         }
+        if !self.is_alone() {
+            // The first of all.
+            let sql = format!("UPDATE change_head SET timeline = {TIMELINE} WHERE id = 1 AND timeline = '' RETURNING seq");
+            self.on_line("register", &sql, [], patience).await?;
+        }
         let sql = "INSERT INTO replica (incarnation, address, version, lease_ms, acked_seq, renewal, evicted, start_time, acked_only) \
                    SELECT $1, $2, $3, $4, seq, 0, FALSE, $5, $6 FROM change_head WHERE id = 1 RETURNING acked_seq";
         let values: [Value; 6] = [
@@ -126,11 +134,7 @@ impl Store {
     /// # Errors
     /// `Unavailable`, also if the database is a standby.
     pub async fn changes_after(&self, seq: i64, limit: u32, patience: Duration) -> Result<Log> {
-        let timeline = match self.backend() {
-            // The first of its three parts (https://www.postgresql.org/docs/current/functions-admin.html).
-            DbBackend::Postgres => "CASE WHEN pg_is_in_recovery() THEN NULL ELSE substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END",
-            _ => "''",
-        };
+        let timeline = self.timeline();
         let sql = format!(
             "SELECT h.seq, h.epoch, h.pruned_seq, {timeline}, l.seq, l.kind, l.subject, l.workspace, l.token_id FROM change_head h \
              LEFT JOIN change_log l ON l.seq > $1 WHERE h.id = 1 ORDER BY l.seq, l.item LIMIT $2"
@@ -149,14 +153,27 @@ impl Store {
         })
     }
 
-    /// Records a sign of life, and up to which change this server knows.
+    /// Nothing on a standby.
+    fn timeline(&self) -> String {
+        match self.backend() {
+            DbBackend::Postgres => format!("CASE WHEN pg_is_in_recovery() THEN NULL ELSE {TIMELINE} END"),
+            _ => "''".to_owned(),
+        }
+    }
+
+    /// Records a sign of life, and up to which change this server knows, if the database is still in the epoch and on the timeline in which this server has asked: a standby that
+    /// takes over may know the change and not that this server was evicted.
     ///
     /// # Errors
     /// `Unavailable`: it may or may not be recorded.
-    pub async fn renew(&self, id: &str, renewal: i64, acked: i64, patience: Duration) -> Result<Renewal> {
-        let sql = "UPDATE replica SET renewal = renewal + 1, acked_seq = $1 WHERE incarnation = $2 AND NOT evicted AND renewal = $3 \
-                   RETURNING renewal";
-        let rows = self.on_line("renew", sql, [acked.into(), id.into(), renewal.into()], patience).await?;
+    pub async fn renew(&self, id: &str, renewal: i64, acked: i64, (epoch, timeline): (i64, &str), patience: Duration) -> Result<Renewal> {
+        let present = self.timeline();
+        let sql = format!(
+            "UPDATE replica SET renewal = renewal + 1, acked_seq = $1 WHERE incarnation = $2 AND NOT evicted AND renewal = $3 \
+             AND (SELECT epoch FROM change_head WHERE id = 1) = $4 AND {present} = $5 RETURNING renewal"
+        );
+        let values: [Value; 5] = [acked.into(), id.into(), renewal.into(), epoch.into(), timeline.into()];
+        let rows = self.on_line("renew", &sql, values, patience).await?;
         if let Some(row) = rows.first() {
             return number(row, 0).map(Renewal::Recorded);
         }
@@ -241,7 +258,12 @@ impl Store {
     /// # Errors
     /// `Unavailable`.
     pub async fn begin_epoch(&self) -> Result<()> {
-        let sql = Statement::from_string(self.backend(), "UPDATE change_head SET epoch = epoch + 1, seq = seq + 1 WHERE id = 1");
+        let now = match self.backend() {
+            DbBackend::Postgres => "CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)",
+            _ => "0",
+        };
+        let sql = format!("UPDATE change_head SET epoch = epoch + 1, seq = seq + 1, history_time = {now} WHERE id = 1");
+        let sql = Statement::from_string(self.backend(), sql);
         self.writing("epoch", async { self.writer.execute_raw(sql).await.map(drop) }).await
     }
 

@@ -4,6 +4,8 @@
 //! other, and the order of numbers is the order of commits (test `numbers_come_in_the_order_of_commits`).
 //! Invariant: a change is there with its audit row, or not at all (test `no_acknowledged_change_is_lost_by_kill_nine`).
 
+use std::time::Duration;
+
 use sea_orm::{
     ActiveValue::Set, ColumnTrait as _, ConnectionTrait as _, DatabaseTransaction, DbBackend, DbErr, EntityTrait as _,
     IntoActiveModel as _, QueryFilter as _, QueryOrder as _, Statement, Value, sea_query::Condition,
@@ -13,6 +15,7 @@ use tokio::{sync::SemaphorePermit, time::timeout};
 use super::{
     AuditEvent, Store, WORK_TIMEOUT, damaged, directory,
     entity::{self, audience, audit, change, token, usage},
+    replicas::TIMELINE,
     tokens, translate,
 };
 use crate::{
@@ -30,6 +33,11 @@ const ROWS_MAX: usize = 1_000;
 const CHANGE_OF_TOKEN: i16 = 1;
 const CHANGE_OF_PRINCIPAL: i16 = 2;
 const CHANGE_OF_WORKSPACE: i16 = 3;
+
+/// A change takes its number, and notes the first time that it does so on another timeline than before.
+const NUMBERED_ON_POSTGRES: &str = "UPDATE change_head SET seq = seq + 1, timeline = {timeline}, \
+    history_time = CASE WHEN timeline = {timeline} THEN history_time ELSE CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT) END \
+    WHERE id = 1 RETURNING seq, CASE WHEN history_time > 0 THEN CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT) - history_time END";
 
 /// What is kept of a `request_id`.
 #[derive(Debug, PartialEq, Eq)]
@@ -55,6 +63,8 @@ pub struct Tx<'a> {
     store: &'a Store,
     inner: DatabaseTransaction,
     seq: Option<i64>,
+    /// How long ago the database was put back or another one took over, if that ever happened.
+    history_age: Option<Duration>,
     touched: Vec<Touched>,
     watch: Stopwatch,
     _permit: SemaphorePermit<'a>,
@@ -67,9 +77,14 @@ impl Store {
     /// `Unavailable`, `Overloaded`.
     pub async fn begin_change(&self) -> Result<Tx<'_>> {
         let mut tx = self.begin().await?;
-        let row = tx.query_one("UPDATE change_head SET seq = seq + 1 WHERE id = 1 RETURNING seq", vec![]).await?;
-        let row = row.ok_or_else(|| damaged("change_head"))?;
+        let sql = match self.backend() {
+            DbBackend::Postgres => NUMBERED_ON_POSTGRES.replace("{timeline}", TIMELINE),
+            _ => "UPDATE change_head SET seq = seq + 1 WHERE id = 1 RETURNING seq, NULL".to_owned(),
+        };
+        let row = tx.query_one(&sql, vec![]).await?.ok_or_else(|| damaged("change_head"))?;
         tx.seq = Some(row.try_get_by_index(0).map_err(translate)?);
+        let age: Option<i64> = row.try_get_by_index(1).map_err(translate)?;
+        tx.history_age = age.map(|millis| Duration::from_millis(u64::try_from(millis).unwrap_or(0)));
         Ok(tx)
     }
 
@@ -95,7 +110,7 @@ impl Store {
         let permit = self.permit(&self.write_permits).await?;
         let watch = Stopwatch::start();
         let tx = timeout(WORK_TIMEOUT, self.writer.begin()).await.map_err(|elapsed| Error::Unavailable(elapsed.into()))?;
-        Ok(Tx { store: self, inner: tx.map_err(translate)?, seq: None, touched: Vec::new(), watch, _permit: permit })
+        Ok(Tx { store: self, inner: tx.map_err(translate)?, seq: None, history_age: None, touched: Vec::new(), watch, _permit: permit })
     }
 
     /// Removes log rows and kept answers that are too old for anybody to need. For space only.
@@ -203,6 +218,12 @@ impl Tx<'_> {
     #[must_use]
     pub fn touched(&self) -> Vec<Subject> {
         self.touched.iter().map(|touched| touched.subject.clone()).collect()
+    }
+
+    /// How long ago the database was put back to an earlier state, or another one took over; nothing if that never happened.
+    #[must_use]
+    pub fn history_age(&self) -> Option<Duration> {
+        self.history_age
     }
 
     /// The number of this change, if it is one of what exists.

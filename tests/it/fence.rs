@@ -302,6 +302,29 @@ fn a_server_that_missed_something_begins_anew() {
     });
 }
 
+/// A standby that takes over may not have heard of the last servers that came.
+#[test]
+fn after_a_failover_changes_wait_for_those_who_are_forgotten() {
+    run(async || {
+        let servers = Servers::start(2, &[]).await;
+        let admin = servers.0[0].admin().await;
+        let (one, _) = admin.issue("one", &[]).await;
+        assert_eq!(revoke(&admin, &one.id, None).await.expect("revoked").state(), PropagationState::Complete, "on the first timeline");
+        for (sql, minute) in [
+            // As the head of an older timeline looks to the one that follows it.
+            ("UPDATE change_head SET timeline = '00000000'", true),
+            ("UPDATE change_head SET history_time = history_time - 59000", false),
+        ] {
+            servers.0[0].db_execute(sql).await;
+            let (token, secret) = admin.issue("t", &[]).await;
+            let pending = revoke(&admin, &token.id, Some(Duration::from_secs(if minute { 2 } else { 8 }))).await.expect("revoked");
+            let expected = if minute { PropagationState::Pending } else { PropagationState::Complete };
+            assert_eq!((pending.state(), pending.replicas.len(), pending.complete_by.is_some()), (expected, 0, minute));
+            assert_eq!(servers.0[1].validator().await.verdict(&secret).await, Verdict::Revoked);
+        }
+    });
+}
+
 /// The order of numbers is the order of commits: whoever reads the log never meets a number that comes later and is smaller.
 #[test]
 fn a_change_that_is_slow_to_commit_is_not_missed() {

@@ -34,6 +34,7 @@ mod keeping;
 mod limits;
 mod mailbox;
 mod mails;
+mod model;
 mod newenemy;
 mod notices;
 mod outlets;
