@@ -52,7 +52,7 @@ const fn setting(name: &'static str, value: &'static str, default: &'static str,
 }
 
 /// All of them.
-pub const SETTINGS: [Setting; 27] = [
+pub const SETTINGS: [Setting; 26] = [
     setting("listen", "ADDRESS:PORT", "127.0.0.1:50051", "Where gRPC is served"),
     setting("metrics_listen", "ADDRESS:PORT|off", "127.0.0.1:9464", "Where Prometheus reads metrics, at /metrics"),
     setting("data_dir", "FOLDER", "keyward-data", "Where the embedded database and the keyring are kept"),
@@ -60,12 +60,6 @@ pub const SETTINGS: [Setting; 27] = [
         secret: true,
         ..setting("database_url", "URL", "sqlite://<data_dir>/keyward.db", "sqlite://FILE or postgres://USER:PASSWORD@HOST:PORT/DATABASE")
     },
-    setting(
-        "database_transaction_pooling",
-        "true|false",
-        "false",
-        "The PostgreSQL URL leads to a pooler that gives each transaction a connection of its own, such as PgBouncer in transaction mode",
-    ),
     setting(
         "lease",
         "SPAN",
@@ -324,7 +318,7 @@ impl Reader {
                 "off" => Ok(None),
                 text => address(text).map(Some),
             }),
-            database_url: self.database_url(&data_dir),
+            database_url: self.take("database_url", DatabaseUrl::Sqlite(data_dir.join("keyward.db")), str::parse),
             lease: self.take("lease", Duration::from_secs(10), |text| span(text, 60)),
             is_acked_only: self.take("fence_mode", false, |text| one_of(text, &["lease", "acked_only"]).map(|mode| mode == "acked_only")),
             replica_name: self.take("replica_name", ambient::host_name(), replica_name),
@@ -357,19 +351,6 @@ impl Reader {
             ));
         }
         if self.mistakes.is_empty() { Ok(config) } else { Err(self.mistakes) }
-    }
-
-    fn database_url(&mut self, data_dir: &Path) -> DatabaseUrl {
-        let url: DatabaseUrl = self.take("database_url", DatabaseUrl::Sqlite(data_dir.join("keyward.db")), str::parse);
-        if !self.take("database_transaction_pooling", false, truth) {
-            return url;
-        }
-        if matches!(url, DatabaseUrl::Sqlite(_)) {
-            self.mistakes.push(
-                "database_transaction_pooling goes with a database_url of PostgreSQL: the embedded database has no pooler".to_owned(),
-            );
-        }
-        url.pooled()
     }
 
     fn smtp(&mut self) -> Option<(SmtpUrl, String)> {

@@ -27,7 +27,7 @@ use std::{
     time::Duration,
 };
 
-use connection::{Connection, Line};
+use connection::Line;
 use parking_lot::Mutex;
 use sea_orm::{
     ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbBackend, DbErr, RuntimeErr, Statement, TransactionTrait as _,
@@ -86,26 +86,13 @@ pub enum DatabaseUrl {
     Sqlite(PathBuf),
     /// `postgres://user:password@host:port/database`.
     Postgres(String),
-    /// The same, through a pooler that gives each transaction a connection of its own, such as PgBouncer in transaction mode.
-    Pooled(String),
-}
-
-impl DatabaseUrl {
-    /// Says that it leads through a pooler, if it is one of PostgreSQL.
-    #[must_use]
-    pub fn pooled(self) -> Self {
-        match self {
-            Self::Postgres(url) => Self::Pooled(url),
-            other => other,
-        }
-    }
 }
 
 impl fmt::Debug for DatabaseUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Sqlite(path) => write!(f, "sqlite://{}", path.display()),
-            Self::Postgres(_) | Self::Pooled(_) => f.write_str("postgres://…"),
+            Self::Postgres(_) => f.write_str("postgres://…"),
         }
     }
 }
@@ -129,8 +116,8 @@ impl std::str::FromStr for DatabaseUrl {
 
 /// The open database. Reads and changes have connections of their own on SQLite, where there is one writer.
 pub struct Store {
-    reader: Connection,
-    writer: Connection,
+    reader: DatabaseConnection,
+    writer: DatabaseConnection,
     facts_permits: Semaphore,
     read_permits: Semaphore,
     write_permits: Semaphore,
@@ -167,7 +154,7 @@ impl Store {
     pub async fn open(url: &DatabaseUrl, migrate: bool, observer: Observer) -> std::result::Result<Self, String> {
         let store = match url {
             DatabaseUrl::Sqlite(path) => Self::open_sqlite(path, observer).await?,
-            url => Self::open_postgres(url, observer).await?,
+            url @ DatabaseUrl::Postgres(_) => Self::open_postgres(url, observer).await?,
         };
         store.settle_schema(migrate).await?;
         Ok(store)
@@ -187,8 +174,8 @@ impl Store {
         }
         let reader = Database::connect(sqlite_options(path, SQLITE_READERS, true)).await.map_err(failed)?;
         Ok(Self {
-            reader: Connection::new(reader),
-            writer: Connection::new(writer),
+            reader,
+            writer,
             // Some connections are left for facts, however many lists are asked for.
             facts_permits: Semaphore::new(SQLITE_READERS as usize),
             read_permits: Semaphore::new(SQLITE_READERS as usize / 2),
@@ -228,7 +215,7 @@ impl Store {
 
     async fn schema(&self) -> std::result::Result<Schema, DbErr> {
         let known: Vec<String> = migrations::Migrator::migrations().iter().map(|migration| migration.name().to_owned()).collect();
-        if !SchemaManager::new(self.writer.pool()).has_table("seaql_migrations").await? {
+        if !SchemaManager::new(&self.writer).has_table("seaql_migrations").await? {
             return Ok(Schema::Old);
         }
         let statement = Statement::from_string(self.backend(), "SELECT version FROM seaql_migrations");
@@ -249,12 +236,12 @@ impl Store {
     /// Migrations take no lock of their own; on SQLite the folder's lock serves.
     async fn migrate(&self) -> std::result::Result<(), DbErr> {
         if self.backend() != DbBackend::Postgres {
-            return migrations::Migrator::up(self.writer.pool(), None).await;
+            return migrations::Migrator::up(&self.writer, None).await;
         }
         let Sharing::Shared { url, .. } = &self.sharing else { return Ok(()) };
         // Connections of their own: building an index may take longer than a call may.
         let pool = connection::connect_for_migrations(url).await?;
-        // The lock belongs to a transaction and not to a connection, which a pooler would give to somebody else meanwhile.
+        // The lock ends with its transaction, however that ends.
         let lock = pool.begin().await?;
         lock.execute_unprepared(&format!("SELECT pg_advisory_xact_lock({LOCK_MIGRATE})")).await?;
         let result = migrations::Migrator::up(&pool, None).await;

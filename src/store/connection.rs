@@ -1,87 +1,21 @@
-//! Connections to the database: those for work, through a pooler or not, and the one on which a server hears what others have changed.
+//! Connections to PostgreSQL: those for work, and the one on which a server hears what others have changed.
 
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use sea_orm::{
-    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, ExecResult, QueryResult,
-    Statement, TransactionTrait as _,
+    ConnectOptions, ConnectionTrait as _, Database, DatabaseConnection, DbErr, QueryResult, Statement,
     sqlx::{self, ConnectOptions as _, Connection as _, Row as _, postgres::PgConnectOptions},
 };
-use sea_orm_migration::async_trait::async_trait;
 use tokio::time::timeout;
 
 use super::{ACQUIRE_TIMEOUT, DatabaseUrl, STATEMENT_TIMEOUT, cause, sqlx_error};
-
-/// A pool of connections.
-#[derive(Clone)]
-pub(super) struct Connection {
-    pool: DatabaseConnection,
-    /// Whether a statement must be a whole transaction, since two messages outside of one may reach two connections.
-    is_pooled: bool,
-}
-
-impl Connection {
-    pub(super) fn new(pool: DatabaseConnection) -> Self {
-        Self { pool, is_pooled: false }
-    }
-
-    pub(super) fn pool(&self) -> &DatabaseConnection {
-        &self.pool
-    }
-
-    pub(super) async fn begin(&self) -> Result<DatabaseTransaction, DbErr> {
-        self.pool.begin().await
-    }
-
-    pub(super) async fn close_by_ref(&self) -> Result<(), DbErr> {
-        self.pool.close_by_ref().await
-    }
-}
-
-#[async_trait]
-impl ConnectionTrait for Connection {
-    fn get_database_backend(&self) -> DbBackend {
-        self.pool.get_database_backend()
-    }
-
-    async fn execute_raw(&self, statement: Statement) -> Result<ExecResult, DbErr> {
-        if !self.is_pooled {
-            return self.pool.execute_raw(statement).await;
-        }
-        let transaction = self.pool.begin().await?;
-        let done = transaction.execute_raw(statement).await?;
-        transaction.commit().await.map(|()| done)
-    }
-
-    async fn execute_unprepared(&self, sql: &str) -> Result<ExecResult, DbErr> {
-        self.pool.execute_unprepared(sql).await
-    }
-
-    async fn query_one_raw(&self, statement: Statement) -> Result<Option<QueryResult>, DbErr> {
-        if !self.is_pooled {
-            return self.pool.query_one_raw(statement).await;
-        }
-        let transaction = self.pool.begin().await?;
-        let row = transaction.query_one_raw(statement).await?;
-        transaction.commit().await.map(|()| row)
-    }
-
-    async fn query_all_raw(&self, statement: Statement) -> Result<Vec<QueryResult>, DbErr> {
-        if !self.is_pooled {
-            return self.pool.query_all_raw(statement).await;
-        }
-        let transaction = self.pool.begin().await?;
-        let rows = transaction.query_all_raw(statement).await?;
-        transaction.commit().await.map(|()| rows)
-    }
-}
 
 /// The one connection on which a server hears what others have changed. Nothing else keeps it waiting; and if it does not answer in time it is given up for a new one, so
 /// that a way that was cut and is whole again is found at once.
 pub(super) struct Line {
     url: DatabaseUrl,
-    connection: Mutex<Option<Connection>>,
+    connection: Mutex<Option<DatabaseConnection>>,
 }
 
 impl Line {
@@ -112,18 +46,13 @@ impl Line {
 
 fn postgres_url(url: &DatabaseUrl) -> Result<&str, DbErr> {
     match url {
-        DatabaseUrl::Postgres(url) | DatabaseUrl::Pooled(url) => Ok(url),
+        DatabaseUrl::Postgres(url) => Ok(url),
         DatabaseUrl::Sqlite(_) => Err(DbErr::Custom("not the URL of a PostgreSQL".to_owned())),
     }
 }
 
-fn is_pooled(url: &DatabaseUrl) -> bool {
-    matches!(url, DatabaseUrl::Pooled(_))
-}
-
 /// Connections to a PostgreSQL that takes changes.
-pub(super) async fn connect_pool(url: &DatabaseUrl, connections: u32) -> Result<Connection, DbErr> {
-    let is_pooled = is_pooled(url);
+pub(super) async fn connect_pool(url: &DatabaseUrl, connections: u32) -> Result<DatabaseConnection, DbErr> {
     let mut options = ConnectOptions::new(postgres_url(url)?);
     options
         .max_connections(connections)
@@ -135,6 +64,7 @@ pub(super) async fn connect_pool(url: &DatabaseUrl, connections: u32) -> Result<
         // (https://github.com/transact-rs/sqlx/issues/3645).
         .max_lifetime(None)
         .test_before_acquire_if_idle_for(Duration::from_secs(5))
+        .statement_timeout(STATEMENT_TIMEOUT)
         .set_application_name("keyward")
         .sqlx_logging(false)
         .record_stmt_in_spans(false)
@@ -146,22 +76,13 @@ pub(super) async fn connect_pool(url: &DatabaseUrl, connections: u32) -> Result<
                 })
             })
         });
-    if is_pooled {
-        // What was prepared on one connection is not there on the next.
-        options.map_sqlx_postgres_opts(|options| options.statement_cache_capacity(0));
-    } else {
-        options.statement_timeout(STATEMENT_TIMEOUT);
-    }
-    Ok(Connection { pool: Database::connect(options).await?, is_pooled })
+    Database::connect(options).await
 }
 
 /// Two connections whose statements may take their time: one for a lock, and one for what is done under it.
 pub(super) async fn connect_for_migrations(url: &DatabaseUrl) -> Result<DatabaseConnection, DbErr> {
     let mut options = ConnectOptions::new(postgres_url(url)?);
     options.max_connections(2).max_lifetime(None).sqlx_logging(false).record_stmt_in_spans(false);
-    if is_pooled(url) {
-        options.map_sqlx_postgres_opts(|options| options.statement_cache_capacity(0));
-    }
     Database::connect(options).await
 }
 
@@ -182,7 +103,6 @@ pub(super) async fn refuse_standby(url: &DatabaseUrl) -> Result<(), String> {
     }
 }
 
-/// In the protocol that poolers take as a whole.
 async fn is_standby(connection: &mut sqlx::PgConnection) -> Result<bool, sqlx::Error> {
     sqlx::raw_sql("SELECT pg_is_in_recovery()").fetch_one(connection).await?.try_get(0)
 }

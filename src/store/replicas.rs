@@ -110,11 +110,6 @@ impl Store {
             let rest = Statement::from_string(self.backend(), "DELETE FROM replica");
             self.writing("register", self.writer.execute_raw(rest)).await?;
         }
-        if !self.is_alone() {
-            // The first of all.
-            let sql = format!("UPDATE change_head SET timeline = {TIMELINE} WHERE id = 1 AND timeline = '' RETURNING seq");
-            self.on_line("register", &sql, [], patience).await?;
-        }
         let sql = "INSERT INTO replica (incarnation, address, version, lease_ms, acked_seq, renewal, evicted, start_time, acked_only) \
                    SELECT $1, $2, $3, $4, seq, 0, FALSE, $5, $6 FROM change_head WHERE id = 1 RETURNING acked_seq";
         let values: [Value; 6] = [
@@ -246,7 +241,7 @@ impl Store {
     /// # Errors
     /// `Unavailable`.
     pub async fn hints(&self) -> Result<Option<Hints>> {
-        let Sharing::Shared { url: DatabaseUrl::Postgres(url) | DatabaseUrl::Pooled(url), .. } = &self.sharing else { return Ok(None) };
+        let Sharing::Shared { url: DatabaseUrl::Postgres(url), .. } = &self.sharing else { return Ok(None) };
         let failed = |error| translate(sqlx_error(error));
         let mut listener = PgListener::connect(url).await.map_err(failed)?;
         listener.listen(CHANNEL).await.map_err(failed)?;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use sea_orm::{
     ActiveValue::Set, ColumnTrait as _, ConnectionTrait as _, DatabaseTransaction, DbBackend, DbErr, EntityTrait as _,
-    IntoActiveModel as _, QueryFilter as _, QueryOrder as _, Statement, Value, sea_query::Condition,
+    IntoActiveModel as _, QueryFilter as _, QueryOrder as _, Statement, TransactionTrait as _, Value, sea_query::Condition,
 };
 use tokio::{sync::SemaphorePermit, time::timeout};
 
@@ -36,7 +36,7 @@ const CHANGE_OF_WORKSPACE: i16 = 3;
 
 /// A change takes its number, and notes the first time that it does so on another timeline than before.
 const NUMBERED_ON_POSTGRES: &str = "UPDATE change_head SET seq = seq + 1, timeline = {timeline}, \
-    history_time = CASE WHEN timeline = {timeline} THEN history_time ELSE CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT) END \
+    history_time = CASE WHEN timeline IN ('', {timeline}) THEN history_time ELSE CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT) END \
     WHERE id = 1 RETURNING seq, CASE WHEN history_time > 0 THEN CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT) - history_time END";
 
 /// What is kept of a `request_id`.
