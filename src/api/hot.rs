@@ -146,7 +146,13 @@ impl<B: http_body::Body<Data = Bytes> + Unpin> Begun<B> {
                 Poll::Ready(None) => break,
                 Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
                     Ok(data) if data.is_empty() => {}
-                    Ok(data) => self.read.push(data),
+                    Ok(data) => {
+                        self.read.push(data);
+                        // What came in pieces is put together elsewhere.
+                        if self.read.len() > 1 {
+                            return None;
+                        }
+                    }
                     // Trailers, which no client of ours sends: whoever reads on finds the end.
                     Err(_) => {}
                 },

@@ -287,9 +287,11 @@ fn a_server_that_missed_something_begins_anew() {
             let (token, secret) = admin.issue("t", &[]).await;
             admin.deactivate(&token.id).await.expect("something in the log");
             admin.activate(&token.id).await.expect("something in the log");
-            assert_eq!(validator.verdict(&secret).await, Verdict::Valid);
             let one = "SELECT COUNT(*) FROM replica WHERE NOT evicted";
             eventually("it is there", async || (world.db_number(one).await == 1).then_some(())).await;
+            let lease = async || world.metric("keyward_fence_lease_seconds").await;
+            eventually("it answers from memory", async || (lease().await > 5.0).then_some(())).await;
+            assert_eq!(validator.verdict(&secret).await, Verdict::Valid);
             let before = world.queries("register").await;
             // What is changed past every server, nobody hears of; what was known would be told for ever.
             world.db_execute(&format!("UPDATE token SET state = 3 WHERE id = '{}'", token.id)).await;

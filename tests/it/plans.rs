@@ -130,7 +130,7 @@ const LOOK_UPS: [&str; 48] = [
     "FROM replay WHERE id = $1 AND expire_time <=",
     "SELECT request, answer FROM replay WHERE id = $1",
     "DELETE FROM replay WHERE expire_time <= $1",
-    "DELETE FROM change_log WHERE change_time <= $1",
+    "SELECT MAX(seq) FROM change_log WHERE change_time <= $1",
     r#""token"."state" <> "#,
     r#""token"."session_id" = "#,
     "SELECT COUNT(*) FROM (SELECT 1 FROM token WHERE workspace = $1 AND principal = $2 AND kind = $3 AND expire_time > $4",
