@@ -11,20 +11,19 @@
 //! Invariant: a hit takes no lock and writes nothing that another reader of the same token writes again; entries age from their write, never from
 //! their last use.
 
+#[cfg(test)]
+mod interleavings;
+mod sync;
 mod table;
 
 use std::{
     collections::HashMap,
     hash::{BuildHasher as _, BuildHasherDefault, Hash, Hasher, RandomState},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
-use parking_lot::Mutex;
-use quick_cache::{Weighter, sync};
+use quick_cache::Weighter;
 
 use crate::{
     ambient::{Expiry, Stopwatch},
@@ -33,6 +32,7 @@ use crate::{
     token::Digest,
 };
 
+use sync::{AtomicU64, Mutex, Ordering};
 use table::{Place, Stamp, Table};
 
 /// How long a tombstone is kept, in leases: longer than any read that could still be admitted.
@@ -184,8 +184,8 @@ pub struct Ticket {
 /// Facts by digest.
 pub struct Cache {
     facts: Table,
-    routes: sync::Cache<Arc<str>, Entry<Arc<Routes>>, BytesWeighter>,
-    standings: sync::Cache<(Arc<str>, Arc<str>), Entry<Standing>>,
+    routes: quick_cache::sync::Cache<Arc<str>, Entry<Arc<Routes>>, BytesWeighter>,
+    standings: quick_cache::sync::Cache<(Arc<str>, Arc<str>), Entry<Standing>>,
     marker: Marker,
     marks: Box<[Mark]>,
     tombstones: [Mutex<HashMap<Digest, Tombstone, DigestState>>; SHARDS],
@@ -206,8 +206,8 @@ impl Cache {
             served: Expiry::default(),
             lease,
             facts: Table::new(bytes_max),
-            routes: sync::Cache::with_weighter(1024, ROUTES_BYTES_MAX, BytesWeighter),
-            standings: sync::Cache::new(STANDINGS_MAX),
+            routes: quick_cache::sync::Cache::with_weighter(1024, ROUTES_BYTES_MAX, BytesWeighter),
+            standings: quick_cache::sync::Cache::new(STANDINGS_MAX),
             marker: Marker::default(),
             marks: std::iter::repeat_with(Mark::default).take(MARKS).collect(),
             tombstones: std::array::from_fn(|_| Mutex::default()),
@@ -349,7 +349,7 @@ impl Cache {
     }
 
     /// What hangs on marks alone is compared with them whenever it is found, so that it does not matter when it is inserted.
-    fn admit_marked<K, V, W>(&self, known: &sync::Cache<K, Entry<V>, W>, key: K, entry: Entry<V>, ticket: Ticket) -> bool
+    fn admit_marked<K, V, W>(&self, known: &quick_cache::sync::Cache<K, Entry<V>, W>, key: K, entry: Entry<V>, ticket: Ticket) -> bool
     where
         K: Eq + Hash + Clone,
         V: Clone,

@@ -9,17 +9,11 @@
 //! Invariant: after [`Table::remove`] has returned nobody finds what was there before (test `no_interleaving_brings_an_old_fact_back`).
 //! Invariant: memory is bounded, however much is inserted and of whatever size (test `the_table_is_bounded_in_bytes`).
 
-use std::{
-    hint::black_box,
-    sync::{
-        OnceLock,
-        atomic::{AtomicU64, AtomicUsize, Ordering, fence},
-    },
-};
+use std::{hint::black_box, sync::OnceLock};
 
-use parking_lot::Mutex;
 use smallvec::SmallVec;
 
+use super::sync::{AtomicU64, AtomicUsize, Mutex, Ordering, fence};
 use crate::token::Digest;
 
 const SHARDS: usize = 16;
