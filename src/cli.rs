@@ -102,13 +102,18 @@ fn recover_command() -> Command {
 }
 
 fn keyring_command() -> Command {
-    let rotate =
-        command("rotate", "Adds a new key for new tokens; older tokens stay good", "  keyward keyring rotate --data-dir keyward-data");
+    let examples = |name: &str| format!("  keyward keyring {name} --data-dir keyward-data");
+    let add = "Adds a key that servers know and that makes no tokens yet: the first of two steps where there are several servers";
+    let promote = "Has new tokens made with the key that was added: the second step, when every server knows it";
+    let rotate = "Adds a key and has new tokens made with it: both steps at once, for one server; older tokens stay good";
     Command::new("keyring")
         .about("Manages the keys that tokens are made with")
         .subcommand_required(true)
         .arg_required_else_help(true)
-        .subcommand(rotate.args(settings::args()))
+        .subcommands(
+            [("add", add), ("promote", promote), ("rotate", rotate)]
+                .map(|(name, about)| command(name, about, &examples(name)).args(settings::args())),
+        )
 }
 
 fn completions_command() -> Command {
@@ -138,6 +143,8 @@ fn dispatch(matches: &ArgMatches) -> ExitCode {
         "migrate" if args.get_flag("restored") => with_config(args, serve::restore),
         "migrate" => with_config(args, serve::migrate),
         "recover" => with_config(args, serve::recover),
+        "keyring add" => with_config(args, serve::add_key),
+        "keyring promote" => with_config(args, serve::promote_key),
         "keyring rotate" => with_config(args, serve::rotate_keyring),
         "completions" => completions(args),
         _ => client(&path, args),

@@ -408,9 +408,12 @@ async fn open_keyring(store: &Store, path: &Path) -> Result<Keyring, String> {
         }
         None => {
             let keyring = Keyring::generate().map_err(|error| error.to_string())?;
-            keyring.save(path)?;
-            tracing::info!(path = %path.display(), "made a new keyring: keep a copy of it in a safe place");
-            keyring
+            if keyring.save_first(path)? {
+                tracing::info!(path = %path.display(), "made a new keyring: keep a copy of it in a safe place");
+                keyring
+            } else {
+                Keyring::load(path)?.ok_or_else(|| format!("the keyring {} has just been removed", path.display()))?
+            }
         }
     };
     store.settle_keyring(&keyring).await?;

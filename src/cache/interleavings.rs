@@ -43,7 +43,7 @@ struct World {
 
 impl World {
     fn new() -> Arc<Self> {
-        let cache = Cache::new(0, Duration::from_secs(3_600));
+        let cache = Cache::new(0, Duration::from_hours(1));
         cache.serve_for_ever();
         Arc::new(Self { cache, stored: AtomicU64::new(0), announced: AtomicU64::new(0) })
     }
@@ -86,7 +86,7 @@ impl World {
 }
 
 /// Two who change by these means, two who ask.
-fn tell(subject: &Subject, changes: [fn(&World, &Subject); 2]) {
+fn tell(subject: &Subject, changes: [Change; 2]) {
     let world = World::new();
     let mut threads = Vec::new();
     for change in changes {
@@ -111,7 +111,9 @@ fn tell(subject: &Subject, changes: [fn(&World, &Subject); 2]) {
     world.ask();
 }
 
-const CHANGES: [[fn(&World, &Subject); 2]; 3] = [[World::hear, World::hear], [World::make, World::hear], [World::make, World::make]];
+type Change = fn(&World, &Subject);
+
+const CHANGES: [[Change; 2]; 3] = [[World::hear, World::hear], [World::make, World::hear], [World::make, World::make]];
 
 #[test]
 fn in_no_order_is_an_old_fact_of_a_token_found() {
@@ -126,7 +128,7 @@ fn in_no_order_is_an_old_fact_found_after_a_change_of_all_that_it_hangs_on() {
     explore(400, 4, || {
         let changes = CHANGES[shuttle::rand::thread_rng().gen_range(0..CHANGES.len())];
         let facts = Facts::example("");
-        let (workspace, id) = (facts.workspace.to_string(), facts.principal.to_string());
+        let (workspace, id) = (facts.workspace, facts.principal);
         let subjects = [Subject::Workspace(workspace.clone()), Subject::Principal { workspace, id }];
         tell(&subjects[shuttle::rand::thread_rng().gen_range(0..2)], changes);
     });
@@ -135,26 +137,22 @@ fn in_no_order_is_an_old_fact_found_after_a_change_of_all_that_it_hangs_on() {
 /// As when the log was pruned before this server has read it.
 #[test]
 fn in_no_order_does_an_old_fact_outlive_that_everything_is_forgotten() {
-    explore(8, 4, || {
-        tell(
-            &Subject::Token(digest()),
-            [|world, _| {
-                let version = world.stored.fetch_add(1, Ordering::SeqCst) + 1;
-                world.cache.clear();
-                world.announced.fetch_max(version, Ordering::SeqCst);
-            }; 2],
-        )
-    });
+    fn forget(world: &World, _: &Subject) {
+        let version = world.stored.fetch_add(1, Ordering::SeqCst) + 1;
+        world.cache.clear();
+        world.announced.fetch_max(version, Ordering::SeqCst);
+    }
+    explore(8, 4, || tell(&Subject::Token(digest()), [forget, forget]));
 }
 
 /// Records so large that the ring comes round while one of them is read.
 #[test]
 fn in_no_order_is_a_record_found_that_was_overwritten_meanwhile() {
     const WORDS: usize = 7_000;
+    const STAMP: Stamp = Stamp { generation: 1, marks: 0 };
     // Of the same shard: that is in their last byte.
     let digest = |number: u8| Digest::from_slice(&[&[number; 16][..], &[0; 8]].concat()).expect("24 bytes");
     let value = |number: u8| vec![number; WORDS * 8];
-    const STAMP: Stamp = Stamp { generation: 1, marks: 0 };
     explore(40, 3, move || {
         let table = Arc::new(Table::new(0));
         table.insert(&digest(1), STAMP, &value(1));

@@ -1,4 +1,4 @@
-//! The commands that run on the server's own machine: `serve`, `migrate`, `recover`, `keyring rotate`.
+//! The commands that run on the server's own machine: `serve`, `migrate`, `recover`, `keyring`.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "the command line speaks to people")]
 
@@ -18,7 +18,7 @@ use crate::{
     server::{self, Server},
     store::Store,
     telemetry,
-    token::{Keyring, Secret},
+    token::{Keyring, Kid, Secret},
 };
 
 /// Two, so that no tick waits for a slow call.
@@ -68,24 +68,46 @@ pub(super) fn recover(config: &Config) -> ExitCode {
     }))
 }
 
-/// Makes a new primary key.
+/// Adds a key that makes no tokens yet.
+pub(super) fn add_key(config: &Config) -> ExitCode {
+    let added = change_keyring(config, Keyring::add);
+    outcome(added.map(|kid| {
+        println!(
+            "Key {} is known in {}, and makes no tokens yet.\nGive this file to every server of the database and restart them one after the other; then `keyward keyring promote`.",
+            kid.as_char(),
+            config.keyring_file.display()
+        );
+    }))
+}
+
+/// Has new tokens made with the key that was added.
+pub(super) fn promote_key(config: &Config) -> ExitCode {
+    show_rotated(config, change_keyring(config, Keyring::promote))
+}
+
+/// Both at once.
 pub(super) fn rotate_keyring(config: &Config) -> ExitCode {
-    let path = &config.keyring_file;
-    let rotate = || {
-        let keyring = Keyring::load(path)?;
-        let mut keyring =
-            keyring.ok_or_else(|| format!("there is no keyring {}: `keyward serve` makes one on its first start", path.display()))?;
-        let kid = keyring.rotate()?;
-        keyring.save(path)?;
-        Ok(kid)
-    };
-    outcome(rotate().map(|kid| {
+    show_rotated(config, change_keyring(config, |keyring| keyring.add().and_then(|_| keyring.promote())))
+}
+
+fn show_rotated(config: &Config, rotated: Result<Kid, String>) -> ExitCode {
+    outcome(rotated.map(|kid| {
         println!(
             "Key {} is the primary one in {}; the others go on proving the tokens that they made.\nServers read the keyring when they start: restart them.",
             kid.as_char(),
-            path.display()
+            config.keyring_file.display()
         );
     }))
+}
+
+fn change_keyring(config: &Config, change: impl FnOnce(&mut Keyring) -> Result<Kid, String>) -> Result<Kid, String> {
+    let path = &config.keyring_file;
+    let keyring = Keyring::load(path)?;
+    let mut keyring =
+        keyring.ok_or_else(|| format!("there is no keyring {}: `keyward serve` makes one on its first start", path.display()))?;
+    let kid = change(&mut keyring)?;
+    keyring.save(path)?;
+    Ok(kid)
 }
 
 fn outcome(result: Result<(), String>) -> ExitCode {

@@ -20,7 +20,8 @@ use crate::{ambient, error::Result};
 
 const HEADER: &str = "\
 # Keyward keyring: one key a line, `kid state key`. Tokens are made with the primary key; retired keys go on proving the tokens that
-# were made with them until their line is removed. Whoever holds this file can make tokens: keep it as you keep passwords, and keep a copy.
+# were made with them until their line is removed; the next key is known already, and makes tokens once it is promoted. Whoever holds
+# this file can make tokens: keep it as you keep passwords, and keep a copy.
 ";
 
 /// Which key of the keyring made a token: one base62 character.
@@ -54,6 +55,8 @@ pub enum KeyState {
     Primary,
     /// It only proves old ones.
     Retired,
+    /// Not yet: every server has to know it first.
+    Next,
 }
 
 /// Tells two keys apart without telling them: 8 bytes derived from the key, kept in the store.
@@ -73,15 +76,16 @@ struct Key {
     bytes: Zeroizing<[u8; 32]>,
 }
 
-/// The keys. The first is the primary one.
+/// The keys.
 pub struct Keyring {
     primary: Key,
+    next: Option<Key>,
     retired: Vec<Key>,
 }
 
 impl fmt::Debug for Keyring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Keyring({} keys)", 1 + self.retired.len())
+        write!(f, "Keyring({} keys)", self.keys().count())
     }
 }
 
@@ -91,14 +95,17 @@ impl Keyring {
     /// # Errors
     /// `Internal` if the operating system has no randomness.
     pub fn generate() -> Result<Self> {
-        Ok(Self { primary: Key { kid: Kid(b'A'), bytes: Zeroizing::new(ambient::random()?) }, retired: Vec::new() })
+        Ok(Self { primary: Key { kid: Kid(b'A'), bytes: Zeroizing::new(ambient::random()?) }, next: None, retired: Vec::new() })
     }
 
-    /// Makes a new key the primary one; the old ones are retired.
+    /// Adds a key that is known and makes no tokens until it is promoted.
     ///
     /// # Errors
-    /// Says so if all 62 names of keys are taken.
-    pub fn rotate(&mut self) -> std::result::Result<Kid, String> {
+    /// Says so if there is such a key already, or all 62 names of keys are taken.
+    pub fn add(&mut self) -> std::result::Result<Kid, String> {
+        if let Some(next) = &self.next {
+            return Err(format!("key {} was added already and waits to be promoted", next.kid.as_char()));
+        }
         let mut kid = self.primary.kid.next();
         while self.key(kid).is_some() {
             if kid == self.primary.kid {
@@ -107,7 +114,18 @@ impl Keyring {
             kid = kid.next();
         }
         let bytes = Zeroizing::new(ambient::random().map_err(|error| error.to_string())?);
-        let old = std::mem::replace(&mut self.primary, Key { kid, bytes });
+        self.next = Some(Key { kid, bytes });
+        Ok(kid)
+    }
+
+    /// Makes the key that was added the primary one; the one before it is retired.
+    ///
+    /// # Errors
+    /// Says so if none was added.
+    pub fn promote(&mut self) -> std::result::Result<Kid, String> {
+        let next = self.next.take().ok_or("there is no key to promote: add one first")?;
+        let kid = next.kid;
+        let old = std::mem::replace(&mut self.primary, next);
         self.retired.insert(0, old);
         Ok(kid)
     }
@@ -120,8 +138,16 @@ impl Keyring {
         self.keys().find(|key| key.kid == kid).map(|key| &*key.bytes)
     }
 
+    fn state(&self, kid: Kid) -> KeyState {
+        match &self.next {
+            _ if kid == self.primary.kid => KeyState::Primary,
+            Some(next) if kid == next.kid => KeyState::Next,
+            _ => KeyState::Retired,
+        }
+    }
+
     fn keys(&self) -> impl Iterator<Item = &Key> {
-        std::iter::once(&self.primary).chain(&self.retired)
+        std::iter::once(&self.primary).chain(&self.next).chain(&self.retired)
     }
 
     /// What the store remembers of each key.
@@ -129,11 +155,10 @@ impl Keyring {
     pub fn fingerprints(&self) -> Vec<(Kid, KeyState, Fingerprint)> {
         self.keys()
             .map(|key| {
-                let state = if key.kid == self.primary.kid { KeyState::Primary } else { KeyState::Retired };
                 let mut fingerprint = [0; 8];
                 let derived = blake3::derive_key("keyward v1 key fingerprint", &*key.bytes);
                 fingerprint.copy_from_slice(derived.split_at(8).0);
-                (key.kid, state, Fingerprint(fingerprint))
+                (key.kid, self.state(key.kid), Fingerprint(fingerprint))
             })
             .collect()
     }
@@ -178,33 +203,38 @@ impl Keyring {
     }
 
     fn parse(text: &str) -> std::result::Result<Self, String> {
-        let mut primary = None;
-        let mut retired = Vec::new();
+        let (mut primary, mut next, mut retired) = (None, None, Vec::new());
         for (index, line) in text.lines().enumerate() {
             let number = index + 1;
             if line.trim().is_empty() || line.starts_with('#') {
                 continue;
             }
             let (key, state) = parse_line(line).ok_or_else(|| {
-                format!("line {number} is not `kid state key` (one character; primary or retired; 64 hexadecimal digits)")
+                format!("line {number} is not `kid state key` (one character; primary, next or retired; 64 hexadecimal digits)")
             })?;
-            if retired.iter().chain(&primary).any(|other: &Key| other.kid == key.kid) {
+            if retired.iter().chain(&primary).chain(&next).any(|other: &Key| other.kid == key.kid) {
                 return Err(format!("line {number} repeats the key `{}`", key.kid.as_char()));
             }
             match state {
                 KeyState::Retired => retired.push(key),
                 KeyState::Primary if primary.is_none() => primary = Some(key),
                 KeyState::Primary => return Err(format!("line {number} is a second primary key; retire one")),
+                KeyState::Next if next.is_none() => next = Some(key),
+                KeyState::Next => return Err(format!("line {number} is a second next key; remove one")),
             }
         }
         let primary = primary.ok_or("it has no primary key")?;
-        Ok(Self { primary, retired })
+        Ok(Self { primary, next, retired })
     }
 
     fn render(&self) -> Zeroizing<String> {
         let mut text = Zeroizing::new(HEADER.to_owned());
         for key in self.keys() {
-            let state = if key.kid == self.primary.kid { "primary" } else { "retired" };
+            let state = match self.state(key.kid) {
+                KeyState::Primary => "primary",
+                KeyState::Next => "next",
+                KeyState::Retired => "retired",
+            };
             text.push(key.kid.as_char());
             text.push(' ');
             text.push_str(state);
@@ -247,17 +277,34 @@ impl Keyring {
     /// # Errors
     /// A sentence that names the file.
     pub fn save(&self, path: &Path) -> std::result::Result<(), String> {
-        let new = path.with_extension("new");
-        let write = || {
-            // A file that a crash left behind is removed, so that ours has its mode from birth.
-            match fs::remove_file(&new) {
-                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-                _ => {}
+        self.place(path, |new| fs::rename(new, path))
+    }
+
+    /// As [`Keyring::save`], unless there is a file by now, which stays: of several servers that start in one folder, one makes the keyring. Whether it is this one.
+    ///
+    /// # Errors
+    /// As [`Keyring::save`].
+    pub fn save_first(&self, path: &Path) -> std::result::Result<bool, String> {
+        let mut is_first = true;
+        self.place(path, |new| {
+            match fs::hard_link(new, path) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => is_first = false,
+                other => other?,
             }
+            fs::remove_file(new)
+        })?;
+        Ok(is_first)
+    }
+
+    /// Writes a file of nobody else's, and has it put into its place.
+    fn place(&self, path: &Path, put: impl FnOnce(&Path) -> std::io::Result<()>) -> std::result::Result<(), String> {
+        let write = || {
+            let suffix: [u8; 8] = ambient::random().map_err(std::io::Error::other)?;
+            let new = path.with_extension(format!("{:016x}.new", u64::from_le_bytes(suffix)));
             let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
             file.write_all(self.render().as_bytes())?;
             file.sync_all()?;
-            fs::rename(&new, path)?;
+            put(&new)?;
             let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
             fs::File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
         };
@@ -277,6 +324,7 @@ fn parse_line(line: &str) -> Option<(Key, KeyState)> {
     let state = match state {
         "primary" => KeyState::Primary,
         "retired" => KeyState::Retired,
+        "next" => KeyState::Next,
         _ => return None,
     };
     let mut bytes = Zeroizing::new([0; 32]);
@@ -296,12 +344,46 @@ mod tests {
         Keyring::generate().expect("randomness")
     }
 
+    fn rotate(keyring: &mut Keyring) -> std::result::Result<Kid, String> {
+        keyring.add().and_then(|_| keyring.promote())
+    }
+
+    #[test]
+    fn a_key_that_was_added_makes_no_tokens_until_it_is_promoted() {
+        let mut keyring = keyring();
+        let prefix = "kw".parse().expect("a prefix");
+        assert!(keyring.promote().is_err(), "there is none");
+        let next = keyring.add().expect("a name is free");
+        assert!(keyring.add().is_err(), "one at a time");
+        let mut ahead = Keyring::parse(&keyring.render()).expect("our own text");
+        assert_eq!(ahead.fingerprints(), keyring.fingerprints());
+        assert_ne!(keyring.primary().0, next);
+        assert_eq!(ahead.promote(), Ok(next));
+        let made = ahead.issue(&prefix).expect("randomness");
+        assert_eq!(keyring.prove(made.secret.reveal().as_bytes()), Some(made.digest), "who does not know yet that it was promoted");
+        let made = keyring.issue(&prefix).expect("randomness");
+        assert_eq!(ahead.prove(made.secret.reveal().as_bytes()), Some(made.digest));
+    }
+
+    #[test]
+    fn of_several_who_make_the_first_keyring_one_does() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("keyring");
+        let saved: Vec<bool> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| keyring().save_first(&path).expect("writable"))).collect();
+            threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+        });
+        assert_eq!(saved.iter().filter(|is_first| **is_first).count(), 1);
+        assert!(Keyring::load(&path).expect("whole").is_some());
+        assert_eq!(fs::read_dir(folder.path()).expect("readable").count(), 1, "nothing is left behind");
+    }
+
     #[test]
     fn a_rotated_keyring_proves_old_and_new_tokens() {
         let mut keyring = keyring();
         let prefix = "kw".parse().expect("a prefix");
         let old = keyring.issue(&prefix).expect("randomness");
-        keyring.rotate().expect("61 names are free");
+        rotate(&mut keyring).expect("61 names are free");
         let new = keyring.issue(&prefix).expect("randomness");
         let read = Keyring::parse(&keyring.render()).expect("our own text");
         for issued in [&old, &new] {
@@ -315,9 +397,9 @@ mod tests {
     fn a_full_keyring_is_not_rotated() {
         let mut keyring = keyring();
         for _ in 0..61 {
-            keyring.rotate().expect("a name is free");
+            rotate(&mut keyring).expect("a name is free");
         }
-        assert!(keyring.rotate().is_err());
+        assert!(rotate(&mut keyring).is_err());
     }
 
     #[test]
@@ -336,6 +418,8 @@ mod tests {
         assert!(refusal("A primary 00").contains("line 1"));
         assert!(refusal(&format!("A primary {key}\nB primary {key}")).contains("second primary"));
         assert!(refusal(&format!("A primary {key}\nA retired {key}")).contains("repeats"));
+        assert!(refusal(&format!("A primary {key}\nA next {key}")).contains("repeats"));
+        assert!(refusal(&format!("A primary {key}\nB next {key}\nC next {key}")).contains("second next"));
         assert!(refusal(&format!("A primary {key}g")).contains("line 1"));
         keyring().save(&path).expect("writable");
         fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).expect("ours");
@@ -346,7 +430,7 @@ mod tests {
     fn what_is_sealed_opens_only_for_its_purpose() {
         let mut keyring = keyring();
         let sealed = keyring.seal(b"page", b"cursor").expect("randomness");
-        keyring.rotate().expect("a name is free");
+        rotate(&mut keyring).expect("a name is free");
         assert_eq!(keyring.open(b"page", &sealed).as_deref(), Some(b"cursor".as_slice()));
         assert_eq!(keyring.open(b"replay", &sealed), None);
         for index in 0..sealed.len() {

@@ -423,6 +423,60 @@ fn what_is_read_before_a_server_is_registered_is_not_kept() {
     });
 }
 
+/// As in a folder that they share.
+#[test]
+fn servers_that_start_at_once_with_the_place_of_a_keyring_in_common_have_one_keyring() {
+    run(async || {
+        let first = World::unstarted(Backend::Postgres).await;
+        let keyring = first.folder.path().join("keyring").display().to_string();
+        let mut starts = Vec::new();
+        for _ in 0..3 {
+            let mut world = World::unstarted(Backend::Postgres).await;
+            world.settings.insert("database_url", first.settings["database_url"].clone());
+            world.settings.insert("keyring_file", keyring.clone());
+            starts.push(tokio::spawn(async move { world.try_start_server().await.map(|()| world) }));
+        }
+        let mut worlds = Vec::new();
+        for start in starts {
+            worlds.push(start.await.expect("a task").expect("a server"));
+        }
+        let root = worlds.iter().find(|world| !world.root_token().is_empty()).expect("somebody was shown it").root_token().to_owned();
+        for world in &worlds {
+            assert_eq!(world.bearer(&root).await.verdict(&root).await, Verdict::Valid);
+        }
+    });
+}
+
+/// Servers that are restarted one after the other know each other's tokens at any time.
+#[test]
+fn a_keyring_is_rotated_in_two_steps_while_servers_serve() {
+    run(async || {
+        let mut servers = Servers::start(2, &[]).await;
+        let keyrings = [0, 1].map(|number: usize| servers.0[number].folder.path().join("own keyring"));
+        let common = servers.0[0].folder.path().join("data/keyring");
+        let root = servers.0[0].root_token().to_owned();
+        for (step, made_with) in [("add", "A"), ("promote", "B")] {
+            let output = world::keyward().args(["keyring", step, "--keyring-file"]).arg(&common).output().expect("it runs");
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            for number in 0..2 {
+                std::fs::copy(&common, &keyrings[number]).expect("copied");
+                servers.0[number].settings.insert("keyring_file", keyrings[number].display().to_string());
+                servers.0[number].restart().await;
+                let mut secrets = vec![root.clone()];
+                for world in &servers.0 {
+                    secrets.push(world.bearer(&root).await.issue("t", &[]).await.1);
+                }
+                assert_eq!(&secrets[number + 1][3..4], made_with);
+                for world in &servers.0 {
+                    for secret in &secrets {
+                        assert_eq!(world.bearer(&root).await.verdict(secret).await, Verdict::Valid, "{step} {number}");
+                    }
+                }
+            }
+        }
+    });
+}
+
 /// Each of them would make a keyring of its own.
 #[test]
 fn servers_that_start_on_an_empty_database_at_once_have_one_keyring_and_one_root_token() {

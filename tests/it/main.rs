@@ -40,6 +40,7 @@ mod notices;
 mod outlets;
 mod people;
 mod plans;
+mod pooler;
 mod process;
 mod proxy;
 mod receiver;

@@ -1,10 +1,12 @@
 //! Real faults: three processes of the server on one real PostgreSQL, each behind a proxy of its own, asked all the time while others revoke.
 //!
-//! Processes are stopped for several leases and go on, get SIGKILL and start anew; their ways to the database are cut, also for so long that the log is pruned meanwhile; PostgreSQL itself
-//! crashes and recovers. Whoever asks notes beforehand whether the revocation had returned: then no answer may be VALID, on no server. (The "new enemy" of the paper on Zanzibar.)
-//! `KEYWARD_TEST_REVOCATIONS` is the number of revocations, `KEYWARD_TEST_SEED` what chance begins with.
+//! Processes are stopped for several leases and go on, get SIGKILL and start anew; their ways to the database are slow or cut, also for three leases in which the log is pruned; PostgreSQL
+//! itself crashes and recovers. Whoever asks notes beforehand whether the revocation had returned: then no answer may be VALID, on no server. (The "new enemy" of the paper on Zanzibar.)
+//! `KEYWARD_TEST_REVOCATIONS` is the number of revocations, `KEYWARD_TEST_BUNDLE` of how many tokens each principal has, `KEYWARD_TEST_SEED` what chance begins with; `KEYWARD_TEST_PGBOUNCER`
+//! names a PgBouncer (1.21 or later) that is put before PostgreSQL, in transaction mode.
 
 use std::{
+    path::PathBuf,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -19,6 +21,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::{
     crash::{Random, number_from},
+    pooler::Pooler,
     process::{Process, Site, number},
     proxy::Proxy,
     world::{self, Actor, Backend, Postgres},
@@ -30,7 +33,9 @@ const LEASE: Duration = Duration::from_secs(2);
 const ASKERS: usize = 6;
 const REVOKERS: usize = 6;
 /// Tokens that a principal gets, which are revoked one by one or all in one change.
-const BUNDLE: usize = 5;
+const BUNDLE: u64 = 5;
+/// Of a bundle, as many are revoked one by one.
+const SINGLY_MAX: usize = 5;
 /// How many bundles are asked about at once.
 const ALIVE: usize = 12;
 
@@ -88,11 +93,14 @@ struct Server {
 
 struct Story {
     postgres: Postgres,
+    /// Past all pooling.
     url: String,
+    _pooler: Option<Pooler>,
     root: String,
     servers: Vec<Server>,
     bundles: Mutex<Vec<Arc<Bundle>>>,
     revocations: u64,
+    bundle: u64,
     revoked: AtomicU64,
     answers: AtomicU64,
     valid: AtomicU64,
@@ -105,11 +113,14 @@ struct Story {
 impl Story {
     async fn new(postgres: Postgres) -> Arc<Self> {
         let url = postgres.new_database().await;
+        let program = std::env::var_os("KEYWARD_TEST_PGBOUNCER").map(PathBuf::from);
+        let pooler = program.map(|program| Pooler::start(&program, postgres.port));
+        let target = pooler.as_ref().map_or(postgres.port, |pooler| pooler.port);
         let mut servers = Vec::new();
         let mut root = String::new();
         let keyring = tempfile::tempdir().expect("a folder").keep().join("keyring");
         for number in 0..SERVERS {
-            let proxy = Proxy::start(postgres.port).await;
+            let proxy = Proxy::start(target).await;
             let behind = url.replace(&format!(":{}/", postgres.port), &format!(":{}/", proxy.port));
             let mut site = Site::at(Backend::Postgres, behind);
             let lease = format!("{}s", LEASE.as_secs());
@@ -126,10 +137,12 @@ impl Story {
         Arc::new(Self {
             postgres,
             url,
+            _pooler: pooler,
             root: root.trim().to_owned(),
             servers,
             bundles: Mutex::default(),
             revocations: number_from("KEYWARD_TEST_REVOCATIONS").unwrap_or(REVOCATIONS),
+            bundle: number_from("KEYWARD_TEST_BUNDLE").unwrap_or(BUNDLE),
             revoked: AtomicU64::new(0),
             answers: AtomicU64::new(0),
             valid: AtomicU64::new(0),
@@ -201,7 +214,7 @@ impl Story {
                 tokio::time::sleep(Duration::from_millis(5)).await;
                 continue;
             };
-            let token = &bundle.tokens[random.below(BUNDLE as u64) as usize];
+            let token = &bundle.tokens[random.below(self.bundle) as usize];
             let was_revoked = token.is_revoked.load(Ordering::SeqCst);
             let asked = actor.ask(proto::ValidateTokenRequest { token: token.secret.clone(), peek: true, ..Default::default() }).await;
             let Ok(answer) = asked else {
@@ -231,24 +244,27 @@ impl Story {
             }
             // So that every server knows them.
             for server in 0..SERVERS {
+                let actor = self.actor(server);
                 for token in &bundle.tokens {
                     let question = proto::ValidateTokenRequest { token: token.secret.clone(), peek: true, ..Default::default() };
-                    // Who cannot be asked now does not know it.
-                    let _answer = tokio::time::timeout(Duration::from_millis(300), self.actor(server).ask(question)).await;
+                    // Who cannot be asked now does not know them.
+                    if !matches!(tokio::time::timeout(Duration::from_millis(300), actor.ask(question)).await, Ok(Ok(_))) {
+                        break;
+                    }
                 }
             }
-            if random.below(2) == 0 {
+            let singly = if random.below(2) == 0 { bundle.tokens.len().min(SINGLY_MAX) } else { 0 };
+            for token in &bundle.tokens[..singly] {
+                self.insist(&mut random, Ending::Token(token.id.clone())).await;
+                token.is_revoked.store(true, Ordering::SeqCst);
+            }
+            if singly < bundle.tokens.len() {
                 self.insist(&mut random, Ending::Principal(bundle.principal.clone())).await;
-            } else {
-                for token in &bundle.tokens {
-                    self.insist(&mut random, Ending::Token(token.id.clone())).await;
-                    token.is_revoked.store(true, Ordering::SeqCst);
-                }
             }
             for token in &bundle.tokens {
                 token.is_revoked.store(true, Ordering::SeqCst);
             }
-            self.revoked.fetch_add(BUNDLE as u64, Ordering::SeqCst);
+            self.revoked.fetch_add(self.bundle, Ordering::SeqCst);
         }
         self.is_over.store(true, Ordering::SeqCst);
     }
@@ -256,7 +272,7 @@ impl Story {
     async fn make(&self, random: &mut Random) -> Bundle {
         let principal = format!("p{}", random.next());
         let mut tokens = Vec::new();
-        while tokens.len() < BUNDLE {
+        while (tokens.len() as u64) < self.bundle {
             let actor = self.actor(random.below(SERVERS as u64) as usize);
             let request = proto::CreateTokenRequest { principal: principal.clone(), ..world::new_token("enemy", &[]) };
             match actor.create(request).await {
@@ -289,12 +305,12 @@ impl Story {
 
     /// One trouble after the other.
     async fn fail(self: Arc<Self>, mut random: Random) -> String {
-        let (mut stops, mut kills, mut cuts, mut prunes, mut crashes) = (0, 0, 0, 0, 0);
+        let (mut stops, mut kills, mut slow, mut cuts, mut prunes, mut crashes) = (0, 0, 0, 0, 0, 0);
         while !self.is_over() {
             tokio::time::sleep(Duration::from_millis(200 + random.below(600))).await;
             let server = &self.servers[random.below(SERVERS as u64) as usize];
             let span = Duration::from_millis(100 + random.below(3 * LEASE.as_millis() as u64));
-            match random.below(8) {
+            match random.below(10) {
                 0..=2 => {
                     let id = server.process.lock().expect("not poisoned").as_ref().map(Process::id).expect("it runs");
                     signal(id, "STOP");
@@ -320,6 +336,7 @@ impl Story {
                     server.proxy.cut();
                     tokio::time::sleep(span).await;
                     if random.below(2) == 0 {
+                        tokio::time::sleep((3 * LEASE).saturating_sub(span)).await;
                         // As if the log were kept for a moment only.
                         let db = world::connect(self.url.clone(), 1).await;
                         let pruned = "WITH old AS (DELETE FROM change_log RETURNING seq) UPDATE change_head SET pruned_seq = seq";
@@ -327,6 +344,12 @@ impl Story {
                     }
                     server.proxy.heal();
                     cuts += 1;
+                }
+                7 | 8 => {
+                    server.proxy.delay(Duration::from_millis(10 + random.below(LEASE.as_millis() as u64)));
+                    tokio::time::sleep(span).await;
+                    server.proxy.heal();
+                    slow += 1;
                 }
                 _ => {
                     // A backend that dies takes all others with it, and PostgreSQL recovers from its log.
@@ -338,14 +361,18 @@ impl Story {
             }
         }
         format!(
-            "{stops} stops, {kills} kills, {cuts} cuts, {prunes} prunes, {crashes} crashes of PostgreSQL on port {}",
+            "{stops} stops, {kills} kills, {slow} times slow, {cuts} cuts, {prunes} prunes, {crashes} crashes of PostgreSQL on port {}",
             self.postgres.port
         )
     }
 
     async fn backend(&self) -> Result<i64, sea_orm::DbErr> {
         let db = world::connect(self.url.clone(), 1).await;
-        Ok(number(&db, "SELECT CAST(pid AS BIGINT) FROM pg_stat_activity WHERE application_name = 'keyward' LIMIT 1").await)
+        Ok(number(
+            &db,
+            "SELECT CAST(pid AS BIGINT) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() LIMIT 1",
+        )
+        .await)
     }
 }
 

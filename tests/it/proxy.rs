@@ -1,8 +1,11 @@
 //! A TCP proxy that stands between a server and its database, to cut and delay what passes.
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use tokio::{
@@ -25,6 +28,8 @@ struct Orders {
     stop: Mutex<Option<Vec<u8>>>,
     /// Something is held.
     holding: AtomicBool,
+    /// Milliseconds that replies take longer.
+    delay: AtomicU64,
 }
 
 /// The proxy.
@@ -72,9 +77,15 @@ impl Proxy {
         self.kill.send_modify(|generation| *generation += 1);
     }
 
-    /// Lets connections through again.
+    /// Has each reply take so much longer.
+    pub fn delay(&self, span: Duration) {
+        self.orders.delay.store(u64::try_from(span.as_millis()).expect("not that long"), Ordering::SeqCst);
+    }
+
+    /// Lets connections through again, and at once.
     pub fn heal(&self) {
         self.orders.cut.store(false, Ordering::SeqCst);
+        self.delay(Duration::ZERO);
     }
 
     /// Holds the replies of the first connection that sends these bytes, until [`Proxy::release`].
@@ -111,8 +122,8 @@ async fn pass(client: TcpStream, server: TcpStream, orders: Arc<Orders>, release
     let (server_read, server_write) = server.into_split();
     let held = Arc::new(AtomicBool::new(false));
     tokio::select! {
-        () = requests(client_read, server_write, orders, Arc::clone(&held), released.0) => {}
-        () = replies(server_read, client_write, held, released.1) => {}
+        () = requests(client_read, server_write, Arc::clone(&orders), Arc::clone(&held), released.0) => {}
+        () = replies(server_read, client_write, orders, held, released.1) => {}
     }
 }
 
@@ -148,11 +159,21 @@ fn take(wanted: &Mutex<Option<Vec<u8>>>, passing: &[u8]) -> bool {
     wanted.take_if(|bytes| passing.windows(bytes.len()).any(|window| window == bytes)).is_some()
 }
 
-async fn replies(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, held: Arc<AtomicBool>, mut released: watch::Receiver<bool>) {
+async fn replies(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    orders: Arc<Orders>,
+    held: Arc<AtomicBool>,
+    mut released: watch::Receiver<bool>,
+) {
     let mut buffer = vec![0; 65_536];
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
         if held.load(Ordering::SeqCst) && released.wait_for(|released| *released).await.is_err() {
             return;
+        }
+        let delay = Duration::from_millis(orders.delay.load(Ordering::SeqCst));
+        if !delay.is_zero() {
+            tokio::time::sleep(delay).await;
         }
         if to.write_all(&buffer[..count]).await.is_err() {
             return;

@@ -43,16 +43,20 @@ fn read(path: &Path) -> String {
 }
 
 fn rust_files(folder: &Path) -> Vec<PathBuf> {
-    let mut files = Vec::new();
+    files(folder, &["rs"])
+}
+
+fn files(folder: &Path, extensions: &[&str]) -> Vec<PathBuf> {
+    let mut found = Vec::new();
     for entry in fs::read_dir(folder).expect("a folder").flatten() {
         let path = entry.path();
         if path.is_dir() {
-            files.extend(rust_files(&path));
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            files.push(path);
+            found.extend(files(&path, extensions));
+        } else if path.extension().is_some_and(|extension| extensions.iter().any(|wanted| extension == *wanted)) {
+            found.push(path);
         }
     }
-    files
+    found
 }
 
 /// The room of a file: `src/store/tokens.rs` is of `store`.
@@ -205,6 +209,26 @@ fn the_readme_shows_every_setting() {
         let row = format!("| `{setting}` | {default} | {} |", setting.help);
         assert!(readme.lines().any(|line| line == row), "the README lacks the row\n{row}");
     }
+}
+
+/// `KEYWARD_PORT` is what must not come from elsewhere.
+#[test]
+fn files_to_run_servers_name_settings_that_exist() {
+    let others = ["KEYWARD_ADDRESS", "KEYWARD_TOKEN", "KEYWARD_CA_FILE", "KEYWARD_PORT"];
+    let names: BTreeSet<String> = keyward::config::SETTINGS
+        .iter()
+        .flat_map(|setting| std::iter::once(setting.to_string()).chain(setting.secret.then(|| format!("{setting}_FILE"))))
+        .chain(others.map(str::to_owned))
+        .collect();
+    let mut seen = BTreeSet::new();
+    for path in files(&root().join("deploy"), &["md", "yaml", "example"]) {
+        let text = read(&path);
+        for word in text.split(|letter: char| !(letter.is_ascii_uppercase() || letter == '_')).filter(|word| word.starts_with("KEYWARD_")) {
+            assert!(names.contains(word), "{}: there is no {word}", path.display());
+            seen.insert(word.to_owned());
+        }
+    }
+    assert!(seen.len() > 10, "{seen:?}");
 }
 
 #[test]
