@@ -40,6 +40,8 @@ const RENEWALS_PER_LEASE: u32 = 10;
 /// How long a statement may take, at most; with a short lease, this part of it.
 const PATIENCE_MAX: Duration = Duration::from_secs(1);
 const PATIENCES_PER_LEASE: u32 = 4;
+/// How long a server that starts tries to become one of the others.
+const START_PATIENCE: Duration = Duration::from_secs(5);
 /// How long it is waited before the way for hints is opened anew.
 const HINTS_PAUSE: Duration = Duration::from_secs(1);
 
@@ -98,8 +100,13 @@ impl Fence {
     /// # Errors
     /// `Unavailable`.
     pub async fn join(self: &Arc<Self>) -> Result<Membership> {
+        let begin = Stopwatch::start();
         while !self.cache.is_serving() {
-            self.step().await?;
+            match self.step().await {
+                // A single statement has to be done in a part of a lease, which may be short for a machine that is busy.
+                Err(_) if begin.elapsed() < START_PATIENCE => sleep(POLL_INTERVAL).await,
+                outcome => outcome?,
+            }
         }
         let mut tasks = JoinSet::new();
         let interval = if self.store.is_alone() { ALONE_INTERVAL } else { POLL_INTERVAL };
