@@ -18,9 +18,13 @@ fail() {
 # With -expand-headers grpcurl reads the token from the environment, and with `-d @` the message from standard input: arguments can be
 # read by everybody on the machine.
 request() { # METHOD JSON [TOKEN]
+  request_for 30 "$@"
+}
+
+request_for() { # SECONDS METHOD JSON [TOKEN]
   local header=()
-  [ -z "${3:-}" ] || header=(-expand-headers -H 'authorization: Bearer ${BEARER}')
-  output=$(BEARER=${3:-} grpcurl -plaintext "${header[@]}" -d @ "$address" "$1" <<<"$2" 2>&1)
+  [ -z "${4:-}" ] || header=(-expand-headers -H 'authorization: Bearer ${BEARER}')
+  output=$(BEARER=${4:-} grpcurl -plaintext -max-time "$1" "${header[@]}" -d @ "$address" "$2" <<<"$3" 2>&1)
 }
 
 call() { # METHOD JSON
@@ -141,6 +145,13 @@ has NOTICE_EVENT_TOKEN_EXPIRING NOTICE_STATE_PENDING
 call WorkspaceService/DeleteWorkspace '{"id": "shop-'"$brand"'"}'
 call ValidationService/ValidateToken '{"token": "'"$shop_secret"'"}'
 is verdict VERDICT_UNKNOWN
+
+# The servers, and what those are told who keep answers: until they hang up.
+call ReplicaService/ListReplicas '{}'
+has '"self": true' '"headNumber"'
+call_fails NotFound ReplicaService/ReleaseReplica '{"id": "evt_0000000000000000000000"}' "$KEYWARD_TOKEN"
+! request_for 1 keyward.v1.ValidationService/WatchInvalidations '{}' "$KEYWARD_TOKEN" || fail 'the stream ended'
+has '"position"' '"asOfTime"' DeadlineExceeded
 
 # Errors, with their details.
 call_fails InvalidArgument TokenService/CreateToken '{"displayName": "", "allowedCidrs": ["10.0.0.0/33"]}' "$KEYWARD_TOKEN"

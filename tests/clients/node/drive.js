@@ -13,9 +13,9 @@ const grpc = require('@grpc/grpc-js');
 const protoLoader = require('@grpc/proto-loader');
 const protobuf = require('protobufjs');
 
-const services = ['token_service', 'validation_service', 'self_service', 'workspace_service', 'audit_service', 'notice_service'];
+const services = ['token', 'validation', 'self', 'workspace', 'audit', 'notice', 'replica'];
 const definition = protoLoader.loadSync(
-  services.map((name) => `keyward/v1/${name}.proto`),
+  services.map((name) => `keyward/v1/${name}_service.proto`),
   { includeDirs: [path.join(__dirname, '../../../proto')], enums: String, longs: String, defaults: true, oneofs: true },
 );
 const { v1 } = grpc.loadPackageDefinition(definition).keyward;
@@ -132,6 +132,23 @@ async function main() {
   stream.end();
   assert.equal((await results.next()).done, true);
   assert.equal((await ended).code, grpc.status.OK);
+
+  // Who keeps answers is told which are out of date.
+  const watch = new v1.ValidationService(address, grpc.credentials.createInsecure()).watchInvalidations({}, bearer);
+  watch.on('error', (error) => assert.equal(error.code, grpc.status.CANCELLED));
+  const messages = watch[Symbol.asyncIterator]();
+  const { value: start } = await messages.next();
+  assert.ok(start.asOfTime && start.invalidations.length === 0);
+  const gone = await tokens.createToken({ displayName: 'Gone soon', principal });
+  await tokens.revokeToken({ id: gone.token.id });
+  let told;
+  do told = (await messages.next()).value;
+  while (!told.invalidations.some(({ tokenId }) => tokenId === gone.token.id));
+  assert.ok(Number(told.position.number) > Number(start.position.number));
+  watch.cancel();
+  const replicas = connect(v1.ReplicaService, root);
+  assert.equal((await replicas.listReplicas()).replicas.filter(({ self }) => self).length, 1);
+  await assertFails(replicas.releaseReplica({ id: 'evt_0000000000000000000000' }), grpc.status.NOT_FOUND);
 
   // Change, revoke, validate again: the answer to a change comes when it is in force.
   const change = { token: { id: token.id, displayName: 'Renamed', etag: token.etag }, updateMask: { paths: ['display_name'] } };

@@ -46,6 +46,8 @@ from keyward.v1 import audit_service_pb2_grpc, principal_service_pb2_grpc, works
 from keyward.v1 import notice_service_pb2 as news  # noqa: E402
 from keyward.v1 import notice_service_pb2_grpc  # noqa: E402
 from keyward.v1 import principal_service_pb2 as people  # noqa: E402
+from keyward.v1 import replica_service_pb2 as machines  # noqa: E402
+from keyward.v1 import replica_service_pb2_grpc  # noqa: E402
 from keyward.v1 import self_service_pb2 as own  # noqa: E402
 from keyward.v1 import self_service_pb2_grpc, token_service_pb2_grpc, validation_service_pb2_grpc  # noqa: E402
 from keyward.v1 import token_service_pb2 as control  # noqa: E402
@@ -62,13 +64,16 @@ from keyward.v1.token_pb2 import (  # noqa: E402
 )
 
 
-class Bearer(grpc.UnaryUnaryClientInterceptor, grpc.StreamStreamClientInterceptor):
+class Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamStreamClientInterceptor):
     """Presents a token with each call. Over TLS, grpc.access_token_call_credentials(token) does the same."""
 
     def __init__(self, token):
         self.header = ("authorization", f"Bearer {token}")
 
     def intercept_unary_unary(self, continuation, client_call_details, request):
+        return continuation(client_call_details._replace(metadata=[self.header]), request)
+
+    def intercept_unary_stream(self, continuation, client_call_details, request):
         return continuation(client_call_details._replace(metadata=[self.header]), request)
 
     def intercept_stream_stream(self, continuation, client_call_details, requests):
@@ -88,6 +93,7 @@ class Keyward:
         self.principals = principal_service_pb2_grpc.PrincipalServiceStub(channel)
         self.audit = audit_service_pb2_grpc.AuditServiceStub(channel)
         self.notices = notice_service_pb2_grpc.NoticeServiceStub(channel)
+        self.replicas = replica_service_pb2_grpc.ReplicaServiceStub(channel)
 
     def create(self, **fields):
         """A token, for a principal of its own unless one is named."""
@@ -861,6 +867,36 @@ def notices(root, _channel):
     expect_equal(len(root.notices.ListFaults(news.ListFaultsRequest(token_id=token.id)).faults), 0, "faults of a revoked token")
 
 
+def invalidations(root, channel):
+    """What those who keep answers themselves are told, and from where on they go on after a break."""
+    made = root.create()
+    watch = root.validation.WatchInvalidations(data.WatchInvalidationsRequest())
+    start = next(watch)
+    expect(start.HasField("as_of_time") and not start.invalidations, f"the first message: {start}")
+    root.tokens.RevokeToken(control.RevokeTokenRequest(id=made.token.id))
+    tells = lambda message: made.token.id in [each.token_id for each in message.invalidations]  # noqa: E731
+    told = next(message for message in watch if tells(message))
+    expect(told.position.number > start.position.number, f"positions: {start.position} {told.position}")
+    watch.cancel()
+    again = root.validation.WatchInvalidations(data.WatchInvalidationsRequest(after=start.position))
+    expect(any(tells(message) for message in itertools.islice(again, 3)), "what was missed is told")
+    again.cancel()
+    ahead = data.WatchPosition(epoch=told.position.epoch, number=told.position.number + 1_000_000)
+    expect_error(grpc.StatusCode.FAILED_PRECONDITION, lambda: next(root.validation.WatchInvalidations(data.WatchInvalidationsRequest(after=ahead))))
+    weak = Keyward(channel, root.create().secret)
+    expect_error(DENIED, lambda: next(weak.validation.WatchInvalidations(data.WatchInvalidationsRequest())))
+
+
+def replicas(root, channel):
+    answer = root.replicas.ListReplicas(machines.ListReplicasRequest())
+    (this,) = [replica for replica in answer.replicas if replica.self]
+    expect_equal((this.evicted, this.acknowledged_number <= answer.head_number), (False, True), "evicted, acknowledged_number")
+    expect_error(INVALID, lambda: root.replicas.ReleaseReplica(machines.ReleaseReplicaRequest()), "id")
+    expect_error(NOT_FOUND, lambda: root.replicas.ReleaseReplica(machines.ReleaseReplicaRequest(id="evt_0000000000000000000000")))
+    weak = Keyward(channel, root.create(scopes=["keyward:admin"]).secret)
+    expect_error(DENIED, lambda: weak.replicas.ListReplicas(machines.ListReplicasRequest()))
+
+
 def health(_root, channel):
     stub = health_pb2_grpc.HealthStub(channel)
     for service in ("", "keyward.v1.ValidationService", "keyward.v1.TokenService", "keyward.v1.SelfService"):
@@ -871,7 +907,7 @@ def health(_root, channel):
 
 STORY = (
     who_am_i, create_and_validate, verdicts, batches, streams, lists, updates, regenerations, deletions, self_service, rights, wrong_arguments,
-    large_messages, workspaces, principals, own_tokens, sessions, routes, leaks, audit_events, notices, health,
+    large_messages, workspaces, principals, own_tokens, sessions, routes, leaks, audit_events, notices, invalidations, replicas, health,
 )  # fmt: skip
 
 
