@@ -5,8 +5,8 @@
 //! than the ticket. A principal or a workspace may have a million entries: its changes raise the [`Mark`] that every entry of it is compared with when it
 //! is found, so that all of them are out of date at once and make way one by one.
 //!
-//! Invariant: what was read before a change is never found after the change was announced (tests `a_slow_read_is_not_admitted`,
-//! `a_change_of_a_workspace_reaches_all_that_hangs_on_it`).
+//! Invariant: what was read before a change is never found after the change was announced (tests `in_no_order_is_an_old_fact_of_a_token_found`,
+//! `in_no_order_is_an_old_fact_found_after_a_change_of_all_that_it_hangs_on`).
 //! Invariant: without a lease nothing is found and nothing taken up (test `nothing_is_told_or_taken_up_without_a_lease`).
 //! Invariant: a hit takes no lock and writes nothing that another reader of the same token writes again; entries age from their write, never from
 //! their last use.

@@ -5,7 +5,8 @@
 //! for what it is only if the ring had not come round to it by then, which the shard's `tail` tells. That is a seqlock whose sequence number is the
 //! position (Boehm, "Can seqlocks get along with programming language memory models?", 2012); all that readers and writers share is atomic.
 //!
-//! Invariant: what is found is what was inserted under this digest, whole (test `readers_never_see_a_torn_record`).
+//! Invariant: what is found is what was inserted under this digest, whole (tests `readers_never_see_a_torn_record`,
+//! `in_no_order_is_a_record_found_that_was_overwritten_meanwhile`).
 //! Invariant: after [`Table::remove`] has returned nobody finds what was there before (test `no_interleaving_brings_an_old_fact_back`).
 //! Invariant: memory is bounded, however much is inserted and of whatever size (test `the_table_is_bounded_in_bytes`).
 
