@@ -22,6 +22,7 @@ mod workspaces;
 
 use std::{sync::Arc, time::Duration};
 
+use tokio::sync::OwnedSemaphorePermit;
 use tonic::{Request, Status, service::Routes};
 use tonic_health::{pb::health_server::HealthServer, server::HealthService};
 
@@ -80,8 +81,21 @@ pub struct Api {
 struct Call {
     caller: Caller,
     now: Time,
-    /// When the call began, and how long its caller waits from then on.
-    deadline: (Stopwatch, Duration),
+    deadline: Deadline,
+}
+
+/// When a call began, how long its caller waits from then on, and its place among those that work.
+#[derive(Clone, Debug)]
+struct Deadline {
+    begun: Stopwatch,
+    longest: Duration,
+    place: Arc<parking_lot::Mutex<Option<OwnedSemaphorePermit>>>,
+}
+
+impl Deadline {
+    fn new(begun: Stopwatch, longest: Duration) -> Self {
+        Self { begun, longest, place: Arc::default() }
+    }
 }
 
 /// Takes a call apart.
@@ -95,9 +109,10 @@ fn call<T>(mut request: Request<T>) -> Result<(Call, T), Status> {
 const ANSWER_TIME: Duration = Duration::from_millis(500);
 
 impl Api {
-    /// Waits until a change is in force everywhere, as long as its caller waits, and answers how far it has got.
-    async fn in_force<T>(&self, changed: Changed<T>, (begun, deadline): (Stopwatch, Duration)) -> (T, Option<proto::Propagation>) {
-        let left = deadline.saturating_sub(begun.elapsed());
+    /// Waits until a change is in force everywhere, as long as its caller waits, and answers how far it has got. Who waits for other servers keeps nobody out of this one.
+    async fn in_force<T>(&self, changed: Changed<T>, deadline: Deadline) -> (T, Option<proto::Propagation>) {
+        drop(deadline.place.lock().take());
+        let left = deadline.longest.saturating_sub(deadline.begun.elapsed());
         let patience = left.saturating_sub(ANSWER_TIME.min(left / 4));
         let watch = Stopwatch::start();
         let is_waited_for = changed.change.is_some();

@@ -16,7 +16,7 @@ use std::{
 use ipnet::IpNet;
 
 use crate::{
-    ambient,
+    ambient, fence,
     notices::{self, SmtpUrl},
     rules,
     scope::Scope,
@@ -319,7 +319,7 @@ impl Reader {
                 text => address(text).map(Some),
             }),
             database_url: self.take("database_url", DatabaseUrl::Sqlite(data_dir.join("keyward.db")), str::parse),
-            lease: self.take("lease", Duration::from_secs(10), |text| span(text, 60)),
+            lease: self.take("lease", Duration::from_secs(10), |text| span(text, fence::LEASE_MAX.as_secs())),
             is_acked_only: self.take("fence_mode", false, |text| one_of(text, &["lease", "acked_only"]).map(|mode| mode == "acked_only")),
             replica_name: self.take("replica_name", ambient::host_name(), replica_name),
             keyring_file: self.path("keyring_file").unwrap_or_else(|| data_dir.join("keyring")),

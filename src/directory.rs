@@ -376,21 +376,18 @@ impl Directory {
         let id = caller.workspace(&target.id)?.to_owned();
         let directory = Arc::clone(self);
         self.fence
-            .run(async move {
+            .run_unless_gone("workspace", async move {
                 let mut tx = directory.store.begin_change_by(&caller, now).await?;
                 let Some(workspace) = tx.workspace(&id).await? else {
                     // A call before may have deleted it and failed: what is known of it ends now at the latest.
-                    let before = directory.fence.repeat(&tx, &[Subject::Workspace(id)]);
-                    drop(tx);
-                    directory.fence.await_everywhere(before).await;
-                    return Err(Error::NotFound("workspace"));
+                    return Ok(Err(directory.fence.repeat(&tx, &[Subject::Workspace(id)])));
                 };
                 check_etag(workspace.version, &target.etag)?;
                 let watch = RootWatch::begin(&tx, &caller, now).await?;
                 tx.delete_workspace(&id, now).await?;
                 watch.end(&tx).await?;
                 tx.audit([event("DeleteWorkspace", &caller, &id, &reason, Some(&workspace), None, now)]).await?;
-                directory.fence.conclude(tx, now).await.map(|change| change.of(()))
+                directory.fence.conclude(tx, now).await.map(|change| Ok(change.of(())))
             })
             .await
     }

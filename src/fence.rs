@@ -26,7 +26,7 @@ use std::{
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, watch};
 
-pub use barrier::{Change, Changed, Propagation};
+pub use barrier::{Change, Changed, LEASE_MAX, Propagation};
 pub use feed::{Feed, Invalidation, News, Position};
 pub use replica::Membership;
 
@@ -93,6 +93,10 @@ pub struct Fence {
     me: tokio::sync::Mutex<Option<replica::Place>>,
     /// The present id of this server.
     id: Mutex<String>,
+    /// The id under which it is being registered.
+    coming: Mutex<Option<String>>,
+    /// Ids under which it may still be registered and that it does not use any more.
+    left: Mutex<Vec<String>>,
     head: AtomicI64,
     acknowledged: AtomicI64,
     able: watch::Sender<bool>,
@@ -113,6 +117,8 @@ impl Fence {
             wake: Arc::default(),
             me: tokio::sync::Mutex::default(),
             id: Mutex::default(),
+            coming: Mutex::default(),
+            left: Mutex::default(),
             head: AtomicI64::new(0),
             acknowledged: AtomicI64::new(0),
             able: watch::Sender::new(true),
@@ -178,6 +184,7 @@ impl Fence {
         for subject in subjects {
             self.cache.bury(subject);
         }
+        self.wake.notify_one();
         // The change has the lock of changes: the number before its own is that of the last change that was made.
         Change::committed(tx.seq().map(|seq| seq - 1), tx.history_age())
     }
@@ -205,10 +212,10 @@ impl Fence {
         self.id.lock().clone()
     }
 
-    /// Says that changes do not wait for a server any more.
+    /// Says that changes do not wait for a server any more that must confirm them.
     ///
     /// # Errors
-    /// `Invalid`, `NotFound`, `Unauthenticated`, `Unavailable`, `Overloaded`.
+    /// `Invalid`, `NotFound`, `Precondition` (changes wait for it for no longer than its lease), `Unauthenticated`, `Unavailable`, `Overloaded`.
     pub async fn release(self: &Arc<Self>, caller: Caller, id: &str, now: Time) -> Result<Member> {
         if id.is_empty() || id.len() > REPLICA_ID_BYTES_MAX {
             return Err(Error::invalid("id", "must be the id of a server, as ListReplicas shows it"));
@@ -216,7 +223,10 @@ impl Fence {
         let (fence, id) = (Arc::clone(self), id.to_owned());
         self.run(async move {
             let tx = fence.store.begin_change_by(&caller, now).await?;
-            let released = tx.release(&id, now).await?.ok_or(Error::NotFound("server"))?;
+            let Some(released) = tx.release(&id, now).await? else {
+                let rule = "changes wait for this server for no longer than its lease (fence_mode is lease): there is nothing to release";
+                return Err(if tx.is_replica(&id).await? { Error::precondition(rule) } else { Error::NotFound("server") });
+            };
             tx.audit([AuditEvent {
                 workspace: &caller.workspace,
                 time: now,

@@ -536,16 +536,17 @@ impl Issuer {
     pub async fn delete(self: &Arc<Self>, caller: Caller, target: Target, now: Time) -> Result<Changed<()>> {
         let issuer = Arc::clone(self);
         self.fence
-            .run(async move {
+            .run_unless_gone("token", async move {
                 let id = parse_id("id", &target.id)?;
                 let mut tx = issuer.store.begin_change_by(&caller, now).await?;
                 let found = issuer.find(&tx, &caller, id, false).await;
                 if matches!(found, Err(Error::NotFound(_))) {
+                    let digests = tx.digests(id, caller.management_reach()).await?;
+                    if digests.is_empty() {
+                        return Err(Error::NotFound("token"));
+                    }
                     // A call before may have deleted it and failed: what is known of it ends now at the latest.
-                    let before = issuer.fence.repeat(&tx, &subjects(&tx.digests(id, caller.management_reach()).await?));
-                    drop(tx);
-                    issuer.fence.await_everywhere(before).await;
-                    return Err(Error::NotFound("token"));
+                    return Ok(Err(issuer.fence.repeat(&tx, &subjects(&digests))));
                 }
                 let (token, digests) = found?;
                 check_etag(&token, &target)?;
@@ -556,7 +557,7 @@ impl Issuer {
                 if matches!(token.shown_state(now), ShownState::Active | ShownState::Inactive) {
                     tell_of(&tx, News { event: Event::Revoked, actor: Some(&caller), reason: "" }, &[&token], now).await?;
                 }
-                issuer.fence.conclude(tx, now).await.map(|change| change.of(()))
+                issuer.fence.conclude(tx, now).await.map(|change| Ok(change.of(())))
             })
             .await
     }

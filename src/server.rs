@@ -178,8 +178,9 @@ impl Server {
     /// A sentence, if something could not be written.
     pub async fn stop(self) -> Result<(), String> {
         tracing::info!("draining");
-        set_health(&self.health, ServingStatus::NotServing).await;
+        // First, so that nobody says the opposite afterwards.
         self.phase.send_replace(Phase::Draining);
+        set_health(&self.health, ServingStatus::NotServing).await;
         self.port.drained(&self.phase).await;
         self.port.quiet().await;
         if let Some(metrics) = &self.metrics_task {
@@ -187,7 +188,7 @@ impl Server {
         }
         let end = async {
             if let Err(error) = self.membership.leave().await {
-                tracing::warn!(%error, "changes may wait for this server for as long as its lease");
+                tracing::warn!(%error, "changes may wait for this server as long as its lease, or until it is released if it has to confirm them");
             }
             // What is not through by then is taken up again when its lease has ended.
             let _interrupted = timeout(NOTICES_TIMEOUT, self.rooms.notices.stop()).await;

@@ -35,7 +35,7 @@ use tonic::{Code, Status, body::Body, service::Routes};
 use tower_service::Service as _;
 
 use super::{
-    Api, Call,
+    Api, Call, Deadline,
     hot::{Begun, Credentials, Reply},
     invalidations,
     rates::{PerPrincipal, Reports},
@@ -232,7 +232,7 @@ pub struct Limits {
     pub data_calls_max: usize,
     /// Calls of the control plane at once.
     pub control_calls_max: usize,
-    /// Streams of questions at once.
+    /// Streams of questions at once, and as many that tell what has changed.
     pub streams_max: usize,
     /// How long a stream stays open without a message.
     pub stream_silence_max: Duration,
@@ -288,11 +288,12 @@ pub struct Gate {
     routes: Routes,
     pub(super) clock: Clock,
     pub(super) limits: Limits,
-    data_calls: Semaphore,
-    control_calls: Semaphore,
-    health_calls: Semaphore,
-    report_calls: Semaphore,
+    data_calls: Arc<Semaphore>,
+    control_calls: Arc<Semaphore>,
+    health_calls: Arc<Semaphore>,
+    report_calls: Arc<Semaphore>,
     pub(super) streams: Arc<Semaphore>,
+    pub(super) watchers: Arc<Semaphore>,
     reports: Reports,
     own_changes: PerPrincipal,
     test_notices: PerPrincipal,
@@ -310,11 +311,12 @@ impl Gate {
             routes,
             clock,
             limits,
-            data_calls: Semaphore::new(limits.data_calls_max),
-            control_calls: Semaphore::new(limits.control_calls_max),
-            health_calls: Semaphore::new(HEALTH_CALLS_MAX),
-            report_calls: Semaphore::new(REPORT_CALLS_MAX),
+            data_calls: Arc::new(Semaphore::new(limits.data_calls_max)),
+            control_calls: Arc::new(Semaphore::new(limits.control_calls_max)),
+            health_calls: Arc::new(Semaphore::new(HEALTH_CALLS_MAX)),
+            report_calls: Arc::new(Semaphore::new(REPORT_CALLS_MAX)),
             streams: Arc::new(Semaphore::new(limits.streams_max)),
+            watchers: Arc::new(Semaphore::new(limits.streams_max)),
             reports: Reports::new(limits.address_reports_max, limits.reports_max),
             own_changes: PerPrincipal::new(limits.own_changes_max),
             test_notices: PerPrincipal::new(limits.test_notices_max),
@@ -470,7 +472,7 @@ impl Gate {
         method: Method,
         request: Request<B>,
         peer: &Peer,
-        deadline: (Stopwatch, Duration),
+        (begun, longest): (Stopwatch, Duration),
         who: &mut Option<Caller>,
     ) -> Result<Response<Body>, Status>
     where
@@ -482,10 +484,12 @@ impl Gate {
         }
         self.identify(method, request.headers(), peer, Judge::BeforeTheMessage, who).await?;
         let mut request = whole(request, method.request_bytes_max).await?;
-        let Ok(_place) = self.places(method.plane).try_acquire() else {
+        let Ok(place) = Arc::clone(self.places(method.plane)).try_acquire_owned() else {
             self.api.metrics.shed();
             return Err(status::overloaded("too many calls are under way; try again".to_owned()));
         };
+        let deadline = Deadline::new(begun, longest);
+        *deadline.place.lock() = Some(place);
         if let Some(call) = self.identify(method, request.headers(), peer, Judge::WithTheMessage, who).await? {
             if OWN_CHANGES.contains(&method.path) && !self.own_changes.admit(&call.caller.workspace, &call.caller.principal) {
                 return Err(status::overloaded("this principal makes too many tokens for itself; try again in a minute".to_owned()));
@@ -499,18 +503,19 @@ impl Gate {
                 return Err(status::overloaded("this workspace retries too many notices; try again in a minute".to_owned()));
             }
             request.headers_mut().remove(AUTHORIZATION);
-            request.extensions_mut().insert(Call { deadline, ..call });
+            request.extensions_mut().insert(Call { deadline: deadline.clone(), ..call });
         }
         Ok(self.route(request).await)
     }
 
-    fn places(&self, plane: Plane) -> &Semaphore {
+    fn places(&self, plane: Plane) -> &Arc<Semaphore> {
         match plane {
             Plane::Data => &self.data_calls,
             Plane::Control => &self.control_calls,
             Plane::Report => &self.report_calls,
             Plane::Health | Plane::Stream => &self.health_calls,
-            Plane::Held | Plane::Watch => &self.streams,
+            Plane::Held => &self.streams,
+            Plane::Watch => &self.watchers,
         }
     }
 
@@ -526,7 +531,11 @@ impl Gate {
         let now = self.clock.now();
         let address = Some(peer.address.ip().to_canonical());
         if method.access == Access::Public {
-            return Ok(Some(Call { caller: Caller::nobody(address), now, deadline: (Stopwatch::start(), self.limits.deadline_max) }));
+            return Ok(Some(Call {
+                caller: Caller::nobody(address),
+                now,
+                deadline: Deadline::new(Stopwatch::start(), self.limits.deadline_max),
+            }));
         }
         let identity = match (bearer(headers)?, &peer.certificate) {
             (Some(text), _) => self.api.validator.identify(text, address, judge == Judge::BeforeTheMessage, now).await?,
@@ -542,7 +551,7 @@ impl Gate {
         };
         *who = Some(caller.clone());
         caller.authorize(method.access)?;
-        Ok(Some(Call { caller, now, deadline: (Stopwatch::start(), self.limits.deadline_max) }))
+        Ok(Some(Call { caller, now, deadline: Deadline::new(Stopwatch::start(), self.limits.deadline_max) }))
     }
 
     pub(super) async fn route<B>(&self, request: Request<B>) -> Response<Body>

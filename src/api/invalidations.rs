@@ -2,7 +2,7 @@
 //!
 //! A task for each stream reads the feed of the fence and judges the caller anew before each message. Few messages wait for a reader who is slow, and one who is slower is let go.
 //!
-//! Invariant: whoever may not ask any more is told nothing more (test `a_watcher_who_was_revoked_is_told_nothing_more`).
+//! Invariant: whoever may not ask any more is told nothing more (tests `a_watcher_who_was_revoked_is_told_nothing_more`, `a_watcher_whose_rights_were_narrowed_is_told_nothing_more`).
 //! Invariant: what waits for a slow reader is bounded, and the reader is told why it ended (test `a_watcher_who_does_not_read_is_let_go`).
 
 use std::{
@@ -35,6 +35,8 @@ use crate::{
 
 /// How often a message comes at least.
 const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Before something that has failed is tried again.
+const PAUSE: Duration = Duration::from_millis(100);
 /// Messages that wait for a slow reader.
 const WAITING_MAX: usize = 8;
 /// How long a reader may take to take one.
@@ -69,7 +71,7 @@ where
     let in_time = async {
         gate.identify(method, request.headers(), peer, Judge::BeforeTheMessage, who).await?;
         let mut request = gate::whole(request, method.request_bytes_max).await?;
-        let Ok(place) = Arc::clone(&gate.streams).try_acquire_owned() else {
+        let Ok(place) = Arc::clone(&gate.watchers).try_acquire_owned() else {
             gate.api.metrics.shed();
             return Err(status::overloaded("too many streams are open; try again".to_owned()));
         };
@@ -89,12 +91,13 @@ impl Api {
         let watcher = request.extensions_mut().remove::<Watcher>();
         let watcher = watcher.ok_or_else(|| Error::Internal("a watcher came past the gate".into()))?;
         let (Call { caller, .. }, message) = super::call(request)?;
-        let feed = self.fence.feed(position(message.after)?, caller.validation_reach().map(str::to_owned));
+        let reach = caller.validation_reach().map(str::to_owned);
+        let feed = self.fence.feed(position(message.after)?, reach.clone());
         let (messages, waiting) = mpsc::channel(WAITING_MAX);
         let (end, ended) = oneshot::channel();
         tokio::spawn(async move {
             // A reader who has gone hears nothing.
-            let _heard = end.send(watcher.tell(feed, &messages).await);
+            let _heard = end.send(watcher.tell(feed, reach, &messages).await);
         });
         Ok(Told { waiting, ended, is_over: false })
     }
@@ -102,7 +105,7 @@ impl Api {
 
 impl Watcher {
     /// Tells what has changed until there is a reason not to.
-    async fn tell(self, mut feed: Feed, messages: &mpsc::Sender<proto::WatchInvalidationsResponse>) -> Status {
+    async fn tell(self, mut feed: Feed, reach: Option<String>, messages: &mpsc::Sender<proto::WatchInvalidationsResponse>) -> Status {
         let _place = self.place.lock().take();
         let mut end = std::pin::pin!(sleep(self.time.longest));
         let mut closing = watch::Receiver::clone(&self.peer.closing);
@@ -113,18 +116,24 @@ impl Watcher {
                 _ = closing.wait_for(|closing| *closing) => return status::reopen(stream::CLOSING),
                 () = messages.closed() => return Status::cancelled("the caller has gone"),
             };
-            match self.is_still_good().await {
+            match self.is_still_good(reach.as_deref()).await {
                 Ok(()) => {}
                 Err(error @ (Error::Unauthenticated(_) | Error::Denied(_))) => return error.into(),
                 // Nobody can say just now who asks. The position stays where it was, so that nothing is lost.
-                Err(_) => continue,
+                Err(_) => {
+                    sleep(PAUSE).await;
+                    continue;
+                }
             }
             let message = match news {
                 Ok(news) => {
                     feed.take(&news);
                     told(news)
                 }
-                Err(Error::Unavailable(_)) => continue,
+                Err(Error::Unavailable(_) | Error::Overloaded(_)) => {
+                    sleep(PAUSE).await;
+                    continue;
+                }
                 Err(error) => return error.into(),
             };
             if messages.send_timeout(message, SLOWNESS_MAX).await.is_err() {
@@ -133,8 +142,13 @@ impl Watcher {
         }
     }
 
-    async fn is_still_good(&self) -> Result<(), Error> {
-        self.gate.identify(self.method, &self.credentials, &self.peer, Judge::BeforeTheMessage, &mut None).await.map(drop)
+    /// Whether the caller may go on hearing of this workspace; nothing: of all.
+    async fn is_still_good(&self, reach: Option<&str>) -> Result<(), Error> {
+        let call = self.gate.identify(self.method, &self.credentials, &self.peer, Judge::BeforeTheMessage, &mut None).await?;
+        if call.is_some_and(|call| call.caller.validation_reach() == reach) {
+            return Ok(());
+        }
+        Err(Error::Denied("the caller may ask about other workspaces than when the stream was opened: open a new one".to_owned()))
     }
 }
 

@@ -134,9 +134,11 @@ impl Session<'_> {
 
     fn warn_if_pending(&mut self, answer: &impl Answer) {
         let Some(propagation) = answer.propagation().filter(|it| it.state() == PropagationState::Pending) else { return };
-        let until = propagation.complete_by.as_ref().and_then(expiry::from_wire).map_or_else(|| "shortly".to_owned(), expiry::seconds);
+        let until = propagation.complete_by.as_ref().and_then(expiry::from_wire).map(|end| format!(" until {}", expiry::seconds(end)));
+        let servers = if propagation.replicas.is_empty() { "some servers".to_owned() } else { propagation.replicas.join(", ") };
         self.remark(&format!(
-            "The change is made and will not be lost, but some servers may not know of it until {until}. Repeat the command to wait for it."
+            "The change is made and will not be lost, but {servers} may not know of it{}. Repeat the command to wait for it; `keyward replica list` shows the servers.",
+            until.unwrap_or_default()
         ));
     }
 }

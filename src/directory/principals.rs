@@ -207,15 +207,12 @@ impl Directory {
         let (workspace, reason) = read_target(&caller, &target, reason)?;
         let directory = Arc::clone(self);
         self.fence
-            .run(async move {
+            .run_unless_gone("principal", async move {
                 let mut tx = directory.store.begin_change_by(&caller, now).await?;
                 let before = match directory.find(&tx, &caller, &workspace, &target, now).await {
-                    Err(error @ Error::NotFound(_)) => {
-                        // A call before may have deleted it and failed: what is known of it ends now at the latest.
-                        let before = directory.fence.repeat(&tx, &[Subject::Principal { workspace, id: target.id }]);
-                        drop(tx);
-                        directory.fence.await_everywhere(before).await;
-                        return Err(error);
+                    // A call before may have deleted it and failed: what is known of it ends now at the latest.
+                    Err(Error::NotFound(_)) => {
+                        return Ok(Err(directory.fence.repeat(&tx, &[Subject::Principal { workspace, id: target.id }])));
                     }
                     found => found?,
                 };
@@ -227,7 +224,7 @@ impl Directory {
                 tx.delete_principal(&before).await?;
                 watch.end(&tx).await?;
                 tx.audit([event("DeletePrincipal", &caller, &before, &reason, Some(&before), None, now)]).await?;
-                Ok(directory.fence.conclude(tx, now).await?.of(live.len()))
+                Ok(Ok(directory.fence.conclude(tx, now).await?.of(live.len())))
             })
             .await
     }

@@ -3,6 +3,7 @@
 //! A change waits for each other server until it has confirmed the change, or has left, or was evicted, or has been silent for longer than it may answer from memory. What the
 //! database says of the servers counts only if it was asked after the commit. Whoever waits shares one look at it.
 //!
+//! Invariant: no change returns before this server itself has heard of all changes before it, also if it changed nothing (test `a_repeated_change_is_in_force_here_as_well`).
 //! Invariant: after the database was put back, or another one has taken over, no change returns before servers that it may have forgotten cannot answer from memory any more (test
 //! `after_a_failover_changes_wait_for_those_who_are_forgotten`).
 //! Invariant: a server counts as silent by its own lease and by this server's clock, from the commit on (test `the_barrier_waits_for_each_servers_own_lease`).
@@ -26,7 +27,7 @@ use tokio::{
 use super::Fence;
 use crate::{
     ambient::{Stopwatch, Time},
-    error::Result,
+    error::{Error, Result},
     store::Replica,
 };
 
@@ -41,7 +42,7 @@ const CLOCK_SKEW_PERCENT: u32 = 1;
 const CALLERS_PATIENCE: Duration = Duration::from_secs(20);
 const CLOCK_SLACK: Duration = Duration::from_millis(50);
 /// The longest lease that the settings allow.
-const LEASE_MAX: Duration = Duration::from_mins(1);
+pub const LEASE_MAX: Duration = Duration::from_mins(1);
 
 /// A change that was made.
 #[derive(Clone, Copy, Debug)]
@@ -127,6 +128,25 @@ impl Watch {
         Waiting(self)
     }
 
+    /// What was seen was another history.
+    pub(super) fn forget(&self) {
+        self.look.send_replace(None);
+    }
+
+    /// Up to which number changes are in force on every server, as far as that was looked at; nothing: it was not.
+    pub(super) fn settled(&self) -> Option<i64> {
+        let look = self.look.borrow();
+        let look = look.as_ref()?;
+        look.replicas.iter().filter(|replica| !replica.is_evicted).map(|replica| replica.acked).chain([look.head]).min()
+    }
+
+    /// Returns when the servers were looked at once more. As long as somebody waits for that, they are looked at often.
+    pub(super) async fn looked(&self) {
+        let _waiting = self.wait();
+        // Nobody closes it as long as this is borrowed.
+        let _looked = self.look.subscribe().changed().await;
+    }
+
     /// The servers that changes wait for, and those of them that do not know the last change.
     pub(super) fn counts(&self) -> (usize, usize) {
         let look = self.look.borrow();
@@ -164,17 +184,17 @@ impl Fence {
         loop {
             let look = looks.borrow_and_update().clone().filter(|look| look.began >= since);
             let late = look.as_ref().map(|look| behind(look, &me, seq, since));
-            // The database may have forgotten servers: they are waited for without their rows.
-            let unseen = forgotten.saturating_sub(since.elapsed());
+            // The database may have forgotten servers: they are waited for without their rows. And this server knows by itself what it has heard of.
+            let unseen = forgotten.saturating_sub(since.elapsed()).max(self.unheard(seq, since));
             if unseen.is_zero() && late.as_ref().is_some_and(Vec::is_empty) {
                 return Propagation::Complete;
             }
             let left = patience.saturating_sub(begin.elapsed());
             if left.is_zero() {
-                let late = late.unwrap_or_default();
-                let is_known = !late.is_empty() || !unseen.is_zero();
-                let longest = late.iter().try_fold(unseen, |longest, (_, left)| left.map(|left| longest.max(left))).filter(|_| is_known);
-                let replicas = late.iter().map(|(replica, _)| replica.id.clone()).collect();
+                let longest =
+                    late.as_ref().and_then(|late| late.iter().try_fold(unseen, |longest, (_, left)| left.map(|left| longest.max(left))));
+                let late = late.unwrap_or_default().into_iter().map(|(replica, _)| replica.id.clone());
+                let replicas = late.chain((!self.unheard(seq, since).is_zero()).then_some(me)).collect();
                 return Propagation::Pending { complete_by: longest.map(|longest| self.clock.now() + longest), replicas };
             }
             // Nobody closes it as long as this is borrowed.
@@ -182,9 +202,31 @@ impl Fence {
         }
     }
 
-    /// Waits until a change of an earlier call is in force on every server, for calls that have nothing else to say. Their callers do not wait for longer than this.
-    pub async fn await_everywhere(&self, change: Change) {
-        let _in_force = self.propagate(Some(change), CALLERS_PATIENCE).await;
+    /// For how much longer this server may answer from memory without a change that it has not heard of; no longer if it has.
+    fn unheard(&self, seq: i64, since: Stopwatch) -> Duration {
+        if self.head.load(Ordering::SeqCst) >= seq {
+            Duration::ZERO
+        } else {
+            silence_of(self.settings.lease).saturating_sub(since.elapsed())
+        }
+    }
+
+    /// As [`Fence::run`], for a change of what may be gone by a call before, whose change is answered then: once that is in force on every server, or its caller waits no longer, there is no such thing.
+    ///
+    /// # Errors
+    /// Those of the change; `NotFound`; `Overloaded` if too many are under way.
+    pub async fn run_unless_gone<T: Send + 'static>(
+        &self,
+        thing: &'static str,
+        change: impl Future<Output = Result<std::result::Result<Changed<T>, Change>>> + Send + 'static,
+    ) -> Result<Changed<T>> {
+        match self.run(change).await? {
+            Ok(changed) => Ok(changed),
+            Err(before) => {
+                let _in_force = self.propagate(Some(before), CALLERS_PATIENCE).await;
+                Err(Error::NotFound(thing))
+            }
+        }
     }
 
     /// The servers that there are, with those that were evicted not long ago, and the number of the last change.
@@ -200,7 +242,10 @@ impl Fence {
         let began = Stopwatch::start();
         let (replicas, head) = self.store.replicas().await?;
         let me = self.id.lock().clone();
-        for replica in known.silent(&replicas, &me) {
+        let look = Arc::new(Look { began, replicas, head });
+        // First, since an eviction may have to wait for its turn.
+        self.watch.look.send_replace(Some(Arc::clone(&look)));
+        for replica in known.silent(&look.replicas, &me) {
             if self.store.evict(&replica.id, replica.renewal, self.clock.now()).await? {
                 tracing::warn!(
                     replica = %replica.id, name = %replica.name,
@@ -208,7 +253,6 @@ impl Fence {
                 );
             }
         }
-        self.watch.look.send_replace(Some(Arc::new(Look { began, replicas, head })));
         Ok(())
     }
 }

@@ -1,7 +1,9 @@
 //! What has changed, for callers who keep answers of their own.
 //!
-//! Each reader stands at a number of its own. What came last is kept in memory once for all of them, and nothing is kept for any one: who falls behind that reads the log, and who falls behind
-//! the log begins anew.
+//! A change is told once it is in force on every server: whichever is asked after that, answers with it. Each reader stands at a number of its own. What came last is kept in
+//! memory once for all of them, and nothing is kept for any one: who falls behind that reads the log, and who falls behind the log begins anew.
+//!
+//! Invariant: what was told is in force on every server (test `a_watcher_hears_of_a_change_when_every_server_knows_it`).
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -27,9 +29,6 @@ const NEWS_MAX: usize = 500;
 /// What is read of the log at once; and if that is not one number whole.
 const PAGE_MAX: u32 = 2_000;
 const LOG_MAX: u32 = 50_000;
-/// How long the log may take to answer.
-const PATIENCE: Duration = Duration::from_secs(2);
-
 /// Up to where a reader knows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Position {
@@ -99,7 +98,7 @@ struct Reach {
 impl Recent {
     pub(super) fn add(&self, log: Log, as_of: Time) {
         let mut changes = self.changes.lock();
-        let before = self.reach.borrow().filter(|reach| reach.position.epoch == log.epoch && !log.is_cut);
+        let before = self.reach.borrow().filter(|reach| reach.position.epoch == log.epoch && !log.is_cut && !log.is_foreign);
         let mut from = before.map_or(log.head, |reach| reach.from);
         if before.is_some() {
             changes.extend(log.changes);
@@ -118,7 +117,8 @@ impl Recent {
     }
 
     pub(super) fn clear(&self) {
-        self.changes.lock().clear();
+        let mut changes = self.changes.lock();
+        changes.clear();
         self.reach.send_replace(None);
     }
 }
@@ -144,30 +144,28 @@ impl Feed {
     /// Waits for something that the reader does not know, but not for longer than this: then it hears how fresh that is. It is told again until [`Feed::take`].
     ///
     /// # Errors
-    /// `Precondition`: what has changed since the reader's position is not known any more. `Unavailable`.
+    /// `Precondition`: what has changed since the reader's position is not known any more. `Unavailable`, `Overloaded`.
     pub async fn next(&mut self, patience: Duration) -> Result<News> {
         let known = self.position;
-        let is_new = |reach: &Option<Reach>| reach.is_some_and(|reach| known.is_none_or(|known| known != reach.position));
         // In time or not: it is looked at either way.
-        let _in_time = timeout(patience, self.reach.wait_for(is_new)).await.is_ok();
-        let reach = *self.reach.borrow();
+        let _in_time = timeout(patience, self.something_new(known)).await.is_ok();
         // Nothing is known of the log at present: the reader knows what it knew.
-        let Some(reach) = reach else {
+        let Some((end, as_of)) = self.settled() else {
             let position = known.ok_or_else(|| Error::Unavailable("the log was not heard of yet".into()))?;
             return Ok(News { position, invalidations: Vec::new(), as_of: None });
         };
-        let position = known.unwrap_or(reach.position);
-        if position.epoch != reach.position.epoch || position.number > reach.position.number {
-            return Err(Error::precondition(format!(
-                "the database was put back to an earlier state (epoch {}): forget every answer that you keep, and begin without a position",
-                reach.position.epoch
-            )));
+        let position = known.unwrap_or(end);
+        if position.epoch != end.epoch {
+            return Err(put_back(end.epoch));
         }
-        let (number, invalidations) =
-            if position.number >= reach.from { self.recent(position.number) } else { self.logged(position).await? };
-        let number = number.unwrap_or(reach.position.number);
-        let position = Position { number, ..position };
-        Ok(News { position, invalidations, as_of: (number >= reach.position.number).then_some(reach.as_of) })
+        let (number, invalidations) = match self.recent(position, end.number) {
+            Some(page) => page,
+            None => self.logged(position, end.number).await?,
+        };
+        // This server may be behind the one that told the position.
+        let number = number.unwrap_or(end.number).max(position.number);
+        let is_all = number == end.number;
+        Ok(News { position: Position { number, ..position }, invalidations, as_of: as_of.filter(|_| is_all) })
     }
 
     /// The reader has heard this.
@@ -175,29 +173,59 @@ impl Feed {
         self.position = Some(news.position);
     }
 
-    /// What came after a number; and up to which number that goes, if there is more.
-    fn recent(&self, number: i64) -> (Option<i64>, Vec<Invalidation>) {
-        let changes = self.fence.recent.changes.lock();
-        let begin = changes.partition_point(|change| change.seq <= number);
-        self.page(changes.range(begin..).cloned())
+    /// Returns when there is something after this position that is in force on every server.
+    async fn something_new(&mut self, known: Option<Position>) {
+        loop {
+            let is_ahead = |reach: &Position| known.is_none_or(|known| known.epoch != reach.epoch || reach.number > known.number);
+            // Nobody closes it as long as the fence is there.
+            let _heard = self.reach.wait_for(|reach| reach.is_some_and(|reach| is_ahead(&reach.position))).await.is_ok();
+            if self.settled().is_some_and(|(end, _)| is_ahead(&end)) {
+                return;
+            }
+            self.fence.watch.looked().await;
+        }
     }
 
-    async fn logged(&self, position: Position) -> Result<(Option<i64>, Vec<Invalidation>)> {
-        let mut log = self.fence.store.changes_after(position.number, PAGE_MAX, PATIENCE).await?;
+    /// Up to where changes are in force on every server, as far as this one has heard; and as of when, if that is all.
+    fn settled(&self) -> Option<(Position, Option<Time>)> {
+        let reach = (*self.reach.borrow())?;
+        let heard = reach.position;
+        let settled = if self.fence.store.is_alone() { heard.number } else { self.fence.watch.settled()?.min(heard.number) };
+        Some((Position { number: settled, ..heard }, Some(reach.as_of).filter(|_| settled == heard.number)))
+    }
+
+    /// What came after a position, up to a number; and up to which number that goes, if there is more. Nothing if memory does not reach back so far.
+    fn recent(&self, position: Position, end: i64) -> Option<(Option<i64>, Vec<Invalidation>)> {
+        let changes = self.fence.recent.changes.lock();
+        // Under the lock, so that it says what is there.
+        let reach = (*self.fence.recent.reach.borrow())?;
+        if reach.position.epoch != position.epoch || !(reach.from..=reach.position.number).contains(&position.number) {
+            return None;
+        }
+        let begin = changes.partition_point(|change| change.seq <= position.number);
+        let end = changes.partition_point(|change| change.seq <= end).max(begin);
+        Some(self.page(changes.range(begin..end).cloned()))
+    }
+
+    async fn logged(&self, position: Position, end: i64) -> Result<(Option<i64>, Vec<Invalidation>)> {
+        let mut log = self.fence.store.log_after(position.number, PAGE_MAX).await?;
         let last = |log: &Log| log.changes.last().map(|change| change.seq).filter(|_| log.is_cut);
         if last(&log).is_some_and(|last| log.changes.iter().all(|change| change.seq == last)) {
-            log = self.fence.store.changes_after(position.number, LOG_MAX, PATIENCE).await?;
+            log = self.fence.store.log_after(position.number, LOG_MAX).await?;
+        }
+        if log.epoch != position.epoch || log.head < position.number {
+            return Err(put_back(log.epoch));
         }
         // The last number may not be there whole.
         let cut = last(&log);
-        log.changes.retain(|change| cut.is_none_or(|cut| change.seq < cut));
-        if log.epoch != position.epoch || position.number < log.pruned || (cut.is_some() && log.changes.is_empty()) {
+        log.changes.retain(|change| change.seq <= end && cut.is_none_or(|cut| change.seq < cut));
+        if position.number < log.pruned || log.is_foreign || (cut.is_some_and(|cut| cut <= end) && log.changes.is_empty()) {
             return Err(Error::precondition(
                 "what has changed since this number is not known any more: forget every answer that you keep, and begin without a position",
             ));
         }
         let (number, invalidations) = self.page(log.changes.into_iter());
-        Ok((number.or(Some(cut.map_or(log.head, |cut| cut - 1))), invalidations))
+        Ok((number.or(cut.map(|cut| end.min(cut - 1))), invalidations))
     }
 
     /// As many numbers as fit into a message, each of them whole. One that is too large by itself is told by its workspaces.
@@ -232,6 +260,12 @@ impl Feed {
         let is_told = self.workspace.as_deref().is_none_or(|only| only == told.workspace());
         is_told.then_some(told)
     }
+}
+
+fn put_back(epoch: i64) -> Error {
+    Error::precondition(format!(
+        "the database was put back to an earlier state, or another one has taken over (epoch {epoch}): forget every answer that you keep, and begin without a position"
+    ))
 }
 
 fn workspaces(group: &[Invalidation]) -> Vec<Invalidation> {

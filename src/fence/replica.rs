@@ -42,6 +42,8 @@ const PATIENCE_MAX: Duration = Duration::from_secs(1);
 const PATIENCES_PER_LEASE: u32 = 4;
 /// How long a server that starts tries to become one of the others.
 const START_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a server that stops tries to say so.
+const DEPART_PATIENCE: Duration = Duration::from_secs(1);
 /// How long it is waited before the way for hints is opened anew.
 const HINTS_PAUSE: Duration = Duration::from_secs(1);
 
@@ -87,9 +89,23 @@ impl Membership {
     pub async fn leave(mut self) -> Result<()> {
         self.tasks.shutdown().await;
         self.fence.cache.stop_serving();
-        match self.fence.me.lock().await.take() {
-            Some(place) => self.fence.store.depart(&place.id, self.fence.patience()).await,
-            None => Ok(()),
+        let mut left = std::mem::take(&mut *self.fence.left.lock());
+        left.extend(self.fence.coming.lock().take());
+        left.extend(self.fence.me.lock().await.take().map(|place| place.id));
+        for id in left {
+            self.depart(&id).await?;
+        }
+        Ok(())
+    }
+
+    /// A statement may take as long as a part of a lease, which may be short: it is tried more than once.
+    async fn depart(&self, id: &str) -> Result<()> {
+        let begin = Stopwatch::start();
+        loop {
+            match self.fence.store.depart(id, self.fence.patience()).await {
+                Err(_) if begin.elapsed() < DEPART_PATIENCE => sleep(POLL_INTERVAL).await,
+                outcome => return outcome,
+            }
         }
     }
 }
@@ -176,8 +192,10 @@ impl Fence {
 
     /// Announces what has changed.
     fn apply(&self, place: &mut Place, log: Log, as_of: ambient::Time) {
-        if log.is_cut {
-            tracing::warn!("more has changed at once than can be told one by one: everything known is forgotten");
+        if log.is_cut || log.is_foreign {
+            tracing::warn!(
+                "more has changed at once than can be told one by one, or something that a later version has changed: everything known is forgotten"
+            );
             self.cache.clear();
         }
         for change in &log.changes {
@@ -191,7 +209,15 @@ impl Fence {
     /// Becomes one of the servers that changes wait for. Its memory is empty.
     async fn register(&self) -> Result<Place> {
         self.cache.stop_serving();
-        let id = token::event_id(self.clock.now())?;
+        // Rows that changes would wait for.
+        loop {
+            let Some(left) = self.left.lock().last().cloned() else { break };
+            self.store.depart(&left, self.patience()).await?;
+            self.left.lock().pop();
+        }
+        // The same until it is known to be registered, so that no attempt leaves a row of nobody.
+        let fresh = token::event_id(self.clock.now())?;
+        let id = self.coming.lock().get_or_insert(fresh).clone();
         let replica = NewReplica {
             id: id.clone(),
             name: self.settings.name.clone(),
@@ -201,8 +227,10 @@ impl Fence {
             start_time: self.clock.now(),
         };
         let head = self.store.register(&replica, self.patience()).await?;
+        *self.coming.lock() = None;
         // Until the row was there no change waited for this server: what it began to read before may be out of date, and nobody will say so.
         self.cache.clear();
+        self.head.store(head, Ordering::SeqCst);
         id.clone_into(&mut self.id.lock());
         if self.store.is_alone() {
             self.cache.serve_for_ever();
@@ -214,12 +242,9 @@ impl Fence {
         self.cache.stop_serving();
         self.cache.clear();
         self.recent.clear();
+        self.watch.forget();
         tracing::error!(why, "everything known is forgotten, and this server registers anew");
-        if let Some(place) = me.take()
-            && let Err(error) = self.store.depart(&place.id, self.patience()).await
-        {
-            tracing::warn!(%error, replica = %place.id, "changes may wait for what this server was until now");
-        }
+        self.left.lock().extend(me.take().map(|place| place.id));
         self.wake.notify_one();
     }
 

@@ -195,7 +195,8 @@ fn answer(facts: &Facts) -> proto::ValidateTokenResponse {
         audiences: facts.audiences.clone(),
         display_name: facts.display_name.clone(),
         metadata: facts.metadata.clone(),
-        expire_time: facts.expire_time.to_timestamp(),
+        // A secret within its grace ends before its token.
+        expire_time: facts.expire_time.min(facts.secret_expire_time).to_timestamp(),
         ..Default::default()
     }
 }

@@ -87,6 +87,8 @@ pub struct Log {
     pub changes: Vec<Change>,
     /// Whether there are more than were asked for. The last number may then not be told whole.
     pub is_cut: bool,
+    /// Whether there are some of a kind that only later versions of this program know.
+    pub is_foreign: bool,
 }
 
 /// What became of a sign of life.
@@ -101,7 +103,8 @@ pub enum Renewal {
 }
 
 impl Store {
-    /// Registers a server, which from now on is one that changes wait for; says what the last change was. A server that is alone is the only one there is.
+    /// Registers a server, which from now on is one that changes wait for; says what the last change was when it was made one. It may be repeated under the same
+    /// id. A server that is alone is the only one there is.
     ///
     /// # Errors
     /// `Unavailable`.
@@ -111,7 +114,8 @@ impl Store {
             self.writing("register", self.writer.execute_raw(rest)).await?;
         }
         let sql = "INSERT INTO replica (incarnation, address, version, lease_ms, acked_seq, renewal, evicted, start_time, acked_only) \
-                   SELECT $1, $2, $3, $4, seq, 0, FALSE, $5, $6 FROM change_head WHERE id = 1 RETURNING acked_seq";
+                   SELECT $1, $2, $3, $4, seq, 0, FALSE, $5, $6 FROM change_head WHERE id = 1 \
+                   ON CONFLICT (incarnation) DO NOTHING RETURNING acked_seq";
         let values: [Value; 6] = [
             replica.id.clone().into(),
             replica.name.clone().into(),
@@ -120,8 +124,13 @@ impl Store {
             replica.start_time.micros().into(),
             replica.is_acked_only.into(),
         ];
-        let rows = self.on_line("register", sql, values, patience).await?;
-        number(rows.first().ok_or_else(|| damaged("change_head"))?, 0)
+        let mut rows = self.on_line("register", sql, values, patience).await?;
+        if rows.is_empty() {
+            // An attempt before was made although its answer was lost.
+            let sql = "SELECT acked_seq FROM replica WHERE incarnation = $1 AND renewal = 0";
+            rows = self.on_line("register", sql, [replica.id.clone().into()], patience).await?;
+        }
+        number(rows.first().ok_or_else(|| damaged("replica"))?, 0)
     }
 
     /// What has changed after a number, as the primary knows it now: at most so many things.
@@ -129,23 +138,27 @@ impl Store {
     /// # Errors
     /// `Unavailable`, also if the database is a standby.
     pub async fn changes_after(&self, seq: i64, limit: u32, patience: Duration) -> Result<Log> {
+        let rows = self.on_line("changes", &self.changes_sql(), [seq.into(), i64::from(limit).into()], patience).await?;
+        log(&rows, limit)
+    }
+
+    /// As [`Store::changes_after`], in turn with other reads.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Overloaded`.
+    pub async fn log_after(&self, seq: i64, limit: u32) -> Result<Log> {
+        let values: [Value; 2] = [seq.into(), i64::from(limit).into()];
+        let statement = Statement::from_sql_and_values(self.backend(), self.changes_sql(), values);
+        let rows = self.reading("log", self.reader.query_all_raw(statement)).await?;
+        log(&rows, limit)
+    }
+
+    fn changes_sql(&self) -> String {
         let timeline = self.timeline();
-        let sql = format!(
+        format!(
             "SELECT h.seq, h.epoch, h.pruned_seq, {timeline}, l.seq, l.kind, l.subject, l.workspace, l.token_id FROM change_head h \
              LEFT JOIN change_log l ON l.seq > $1 WHERE h.id = 1 ORDER BY l.seq, l.item LIMIT $2"
-        );
-        let rows = self.on_line("changes", &sql, [seq.into(), i64::from(limit).into()], patience).await?;
-        let head = rows.first().ok_or_else(|| damaged("change_head"))?;
-        let timeline: Option<String> = head.try_get_by_index(3).map_err(translate)?;
-        let changes = rows.iter().filter_map(|row| change(row).transpose()).collect::<Result<Vec<_>>>()?;
-        Ok(Log {
-            head: number(head, 0)?,
-            epoch: number(head, 1)?,
-            pruned: number(head, 2)?,
-            timeline: timeline.ok_or_else(|| Error::Unavailable("the database has become a standby".into()))?,
-            is_cut: changes.len() >= limit as usize,
-            changes,
-        })
+        )
     }
 
     /// Nothing on a standby.
@@ -259,7 +272,10 @@ impl Store {
         };
         let sql = format!("UPDATE change_head SET epoch = epoch + 1, seq = seq + 1, history_time = {now} WHERE id = 1");
         let sql = Statement::from_string(self.backend(), sql);
-        self.writing("epoch", async { self.writer.execute_raw(sql).await.map(drop) }).await
+        self.writing("epoch", async { self.writer.execute_raw(sql).await.map(drop) }).await?;
+        // Those that run register anew; the others ran when the backup was made.
+        let rest = Statement::from_string(self.backend(), "DELETE FROM replica");
+        self.writing("epoch", async { self.writer.execute_raw(rest).await.map(drop) }).await
     }
 
     /// Runs a statement that keeps nobody waiting and that nobody keeps waiting, also while all other connections are taken.
@@ -303,15 +319,23 @@ impl Hints {
 }
 
 impl Tx<'_> {
-    /// Says that changes do not wait for a server any more, whatever it does; says which it was.
+    /// Says that changes do not wait any more for a server that had to confirm them, whatever it does; says which it was. Nothing if there is none, or it had not to.
     ///
     /// # Errors
     /// `Unavailable`.
     pub async fn release(&self, id: &str, now: Time) -> Result<Option<Replica>> {
-        let sql = "UPDATE replica SET evicted = TRUE, evict_time = COALESCE(evict_time, $1) WHERE incarnation = $2 \
+        let sql = "UPDATE replica SET evicted = TRUE, evict_time = COALESCE(evict_time, $1) WHERE incarnation = $2 AND (acked_only OR evicted) \
                    RETURNING incarnation, address, version, lease_ms, acked_only, start_time, acked_seq, renewal, evicted";
         let row = self.query_one(sql, vec![now.micros().into(), id.into()]).await?;
         row.map_or(Ok(None), |row| replica(&row))
+    }
+
+    /// Whether there is such a server.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn is_replica(&self, id: &str) -> Result<bool> {
+        Ok(self.query_one("SELECT 1 FROM replica WHERE incarnation = $1", vec![id.into()]).await?.is_some())
     }
 }
 
@@ -321,6 +345,28 @@ fn number(row: &QueryResult, index: usize) -> Result<i64> {
 
 fn millis(span: Duration) -> i64 {
     i64::try_from(span.as_millis()).unwrap_or(i64::MAX)
+}
+
+fn log(rows: &[QueryResult], limit: u32) -> Result<Log> {
+    let head = rows.first().ok_or_else(|| damaged("change_head"))?;
+    let timeline: Option<String> = head.try_get_by_index(3).map_err(translate)?;
+    let is_of_ours = |row: &&QueryResult| is_known(row).unwrap_or(true);
+    let changes = rows.iter().filter(is_of_ours).filter_map(|row| change(row).transpose()).collect::<Result<Vec<_>>>()?;
+    Ok(Log {
+        head: number(head, 0)?,
+        epoch: number(head, 1)?,
+        pruned: number(head, 2)?,
+        timeline: timeline.ok_or_else(|| Error::Unavailable("the database has become a standby".into()))?,
+        is_cut: rows.len() >= limit as usize,
+        is_foreign: !rows.iter().all(|row| is_of_ours(&row)),
+        changes,
+    })
+}
+
+/// Whether this version knows this kind of change.
+fn is_known(row: &QueryResult) -> Result<bool> {
+    let kind: Option<i16> = row.try_get_by_index(5).map_err(translate)?;
+    Ok(kind.is_none_or(|kind| transaction::KINDS.contains(&kind)))
 }
 
 /// Nothing if the row tells of the head alone.

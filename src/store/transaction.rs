@@ -33,9 +33,13 @@ const ROWS_MAX: usize = 1_000;
 const CHANGE_OF_TOKEN: i16 = 1;
 const CHANGE_OF_PRINCIPAL: i16 = 2;
 const CHANGE_OF_WORKSPACE: i16 = 3;
+pub(super) const KINDS: [i16; 3] = [CHANGE_OF_TOKEN, CHANGE_OF_PRINCIPAL, CHANGE_OF_WORKSPACE];
+/// Old log rows are removed about so many numbers at a time.
+const PRUNED_AT_ONCE: i64 = 1_000;
 
-/// A change takes its number, and notes the first time that it does so on another timeline than before.
+/// A change takes its number, and notes the first time that it does so on another timeline than before: numbers may then mean something else than they did.
 const NUMBERED_ON_POSTGRES: &str = "UPDATE change_head SET seq = seq + 1, timeline = {timeline}, \
+    epoch = CASE WHEN timeline IN ('', {timeline}) THEN epoch ELSE epoch + 1 END, \
     history_time = CASE WHEN timeline IN ('', {timeline}) THEN history_time ELSE CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT) END \
     WHERE id = 1 RETURNING seq, CASE WHEN history_time > 0 THEN CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT) - history_time END";
 
@@ -125,11 +129,20 @@ impl Store {
         let row = self.reading("prune", self.reader.query_one_raw(old)).await?;
         let last: Option<i64> = row.map_or(Ok(None), |row| row.try_get_by_index(0)).map_err(translate)?;
         let Some(last) = last else { return Ok(()) };
-        // Who knows less than that finds in the same look that the log does not tell them.
-        let tx = self.begin().await?;
-        tx.execute("UPDATE change_head SET pruned_seq = $1 WHERE id = 1 AND pruned_seq < $1", vec![last.into()]).await?;
-        tx.execute("DELETE FROM change_log WHERE seq <= $1", vec![last.into()]).await?;
-        tx.commit(now).await
+        // First, so that who knows less than that finds in any look that the log does not tell them.
+        let told = Statement::from_sql_and_values(
+            self.backend(),
+            "UPDATE change_head SET pruned_seq = $1 WHERE id = 1 AND pruned_seq < $1",
+            [last.into()],
+        );
+        self.writing("prune", self.writer.execute_raw(told)).await?;
+        loop {
+            let piece = "DELETE FROM change_log WHERE seq <= $1 AND seq < (SELECT MIN(seq) FROM change_log) + $2";
+            let piece = Statement::from_sql_and_values(self.backend(), piece, [last.into(), PRUNED_AT_ONCE.into()]);
+            if self.writing("prune", self.writer.execute_raw(piece)).await?.rows_affected() == 0 {
+                return Ok(());
+            }
+        }
     }
 }
 

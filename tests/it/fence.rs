@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use keyward::proto::{self, PropagationState, TokenState, Verdict};
+use keyward::proto::{self, PropagationState, TokenState, Verdict, replica_service_client::ReplicaServiceClient};
 use tonic::{Code, Status};
 use tonic_health::pb::health_check_response::ServingStatus;
 
@@ -10,6 +10,9 @@ use crate::{
     proxy::Proxy,
     world::{self, Actor, Backend, World, eventually},
 };
+
+/// How a look at the log is sent: at most 50,000 changes.
+pub const LOOK_AT_THE_LOG: &[u8] = b"\0\0\0\x08\0\0\0\0\0\0\xc3\x50";
 
 /// Servers beside each other, the first of which is in `0`.
 struct Servers(Vec<World>);
@@ -253,7 +256,11 @@ fn health_tells_that_nothing_can_be_answered() {
 #[test]
 fn changes_wait_for_a_server_that_must_confirm_until_it_is_released() {
     run(async || {
-        let mut servers = Servers::start(1, &[("lease", "1s")]).await;
+        let mut first = World::unstarted(Backend::Postgres).await;
+        first.settings.insert("lease", "1s".to_owned());
+        first.limits.control_calls_max = 8;
+        first.start_server().await;
+        let mut servers = Servers(vec![first]);
         let proxy = servers.add_behind_proxy(&[("fence_mode", "acked_only"), ("replica_name", "silent")]).await;
         let admin = servers.0[0].admin().await;
         let (token, _) = admin.issue("t", &[]).await;
@@ -262,9 +269,92 @@ fn changes_wait_for_a_server_that_must_confirm_until_it_is_released() {
         assert_eq!((pending.state(), pending.replicas.len()), (PropagationState::Pending, 1));
         assert_eq!(pending.complete_by, None, "nobody knows when");
         assert_eq!(servers.0[0].db_number("SELECT COUNT(*) FROM replica WHERE evicted").await, 0);
-        servers.0[0].db_execute(&format!("UPDATE replica SET evicted = TRUE WHERE incarnation = '{}'", pending.replicas[0])).await;
+        // What is not there is answered without waiting for anybody.
+        let begin = Instant::now();
+        assert_eq!(admin.delete("tok_0000000000000000000000").await.expect_err("nothing").code(), Code::NotFound);
+        assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
+        // Those who wait leave room for the one who ends it.
+        let waiting: Vec<_> = (0..20)
+            .map(|_| {
+                let (admin, id) = (admin.clone(), token.id.clone());
+                tokio::spawn(async move {
+                    loop {
+                        match revoke(&admin, &id, Some(Duration::from_secs(12))).await {
+                            Err(status) if status.code() == Code::ResourceExhausted => tokio::time::sleep(Duration::from_millis(20)).await,
+                            answer => return answer,
+                        }
+                    }
+                })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let root = servers.0[0].root().await;
+        let release = async |id: &str| {
+            let request = root.request(proto::ReleaseReplicaRequest { id: id.to_owned() });
+            ReplicaServiceClient::new(root.channel.clone()).release_replica(request).await.map(tonic::Response::into_inner)
+        };
+        let list = root.request(proto::ListReplicasRequest {});
+        let listed = ReplicaServiceClient::new(root.channel.clone()).list_replicas(list).await.expect("listed").into_inner();
+        let own = listed.replicas.iter().find(|replica| replica.self_).expect("itself");
+        assert_eq!(release(&own.id).await.expect_err("its lease is enough").code(), Code::FailedPrecondition);
+        assert!(release(&pending.replicas[0]).await.expect("released").replica.expect("the server").evicted);
+        for done in waiting {
+            assert_eq!(done.await.expect("a task").expect("revoked").state(), PropagationState::Complete);
+        }
         let complete = revoke(&admin, &token.id, Some(Duration::from_secs(3))).await.expect("revoked");
         assert_eq!(complete.state(), PropagationState::Complete);
+    });
+}
+
+/// The first call was made by another server, and this one has not heard of it yet.
+#[test]
+fn a_repeated_change_is_in_force_here_as_well() {
+    run(async || {
+        let mut servers = Servers::start(1, &[]).await;
+        let proxy = servers.add_behind_proxy(&[]).await;
+        let admins = servers.everywhere(&servers.0[0].admin().await).await;
+        let validators = servers.everywhere(&servers.0[0].validator().await).await;
+        for round in 0..3 {
+            let principal = format!("p{round}");
+            let request = proto::CreateTokenRequest { principal: principal.clone(), ..world::new_token("t", &[]) };
+            let secret = admins[0].create(request).await.expect("created").secret;
+            assert_eq!(verdicts(&validators, &secret).await, [Verdict::Valid; 2]);
+            // It asks what has changed, and the answer does not come.
+            proxy.hold_after(LOOK_AT_THE_LOG.to_vec());
+            eventually("it asks", async || proxy.is_holding().then_some(())).await;
+            let revoke_all = async |actor: &Actor, deadline: u64| {
+                let mut request = actor.request(proto::RevokePrincipalTokensRequest { principal: principal.clone(), ..Default::default() });
+                request.set_timeout(Duration::from_millis(deadline));
+                let answer = actor.tokens().revoke_principal_tokens(request).await.expect("revoked").into_inner();
+                (answer.revoked_count, answer.propagation.expect("how far it has got").state())
+            };
+            assert_eq!(revoke_all(&admins[0], 600).await, (1, PropagationState::Pending));
+            assert_eq!(validators[1].verdict(&secret).await, Verdict::Valid, "it cannot know");
+            assert_eq!(revoke_all(&admins[1], 14_000).await, (0, PropagationState::Complete));
+            assert_eq!(validators[1].verdict(&secret).await, Verdict::Revoked);
+            proxy.release();
+            let lease = async || servers.0[1].metric("keyward_fence_lease_seconds").await;
+            eventually("it hears again", async || (lease().await > 9.0).then_some(())).await;
+        }
+    });
+}
+
+/// As in a rolling upgrade, when a later version has changed something that this one does not know.
+#[test]
+fn a_change_of_an_unknown_kind_makes_servers_forget_and_go_on() {
+    run(async || {
+        let servers = Servers::start(1, &[]).await;
+        let (world, admin, validator) = (&servers.0[0], servers.0[0].admin().await, servers.0[0].validator().await);
+        let (token, secret) = admin.issue("t", &[]).await;
+        assert_eq!(validator.verdict(&secret).await, Verdict::Valid);
+        world.db_execute(&format!("UPDATE token SET state = 3 WHERE id = '{}'", token.id)).await;
+        assert_eq!(validator.verdict(&secret).await, Verdict::Valid, "from memory");
+        let row = "INSERT INTO change_log (seq, item, kind, subject, change_time, workspace, token_id) \
+                   SELECT seq + 1, 0, 99, decode('00', 'hex'), 0, '', '' FROM change_head; UPDATE change_head SET seq = seq + 1";
+        world.db_execute(row).await;
+        eventually("it is forgotten", async || (validator.verdict(&secret).await == Verdict::Revoked).then_some(())).await;
+        let (one, _) = admin.issue("one", &[]).await;
+        assert_eq!(revoke(&admin, &one.id, None).await.expect("revoked").state(), PropagationState::Complete);
     });
 }
 

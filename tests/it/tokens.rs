@@ -539,6 +539,11 @@ async fn grace_lets_the_old_secret_live_on(world: World) {
     assert_eq!(second.grace_time, after(HOUR));
     assert_eq!(validator.verdict(&first).await, Verdict::Valid);
     assert_eq!(validator.verdict(&second.secret).await, Verdict::Valid);
+    let ends = async |secret: &str| {
+        let question = proto::ValidateTokenRequest { token: secret.to_owned(), peek: true, ..Default::default() };
+        validator.ask(question).await.expect("an answer").expire_time
+    };
+    assert_eq!((ends(&first).await, ends(&second.secret).await), (second.grace_time, token.expire_time), "as long as each of them is good");
     let third = admin.regenerate(&token.id, 3600).await.expect("done");
     assert_eq!(validator.verdict(&first).await, Verdict::Unknown, "a second regeneration ends the first grace");
     assert_eq!(validator.verdict(&second.secret).await, Verdict::Valid);

@@ -5,12 +5,17 @@ use std::time::{Duration, Instant};
 use keyward::proto::{self, Verdict, invalidation::Subject};
 use tonic::{Code, Status, Streaming, transport::Endpoint};
 
-use crate::world::{Actor, BEGINNING, Backend, World, eventually, new_token, run};
+use crate::{
+    fence::LOOK_AT_THE_LOG,
+    proxy::Proxy,
+    world::{self, Actor, BEGINNING, Backend, World, eventually, new_token, run},
+};
 
 crate::on_both_databases!(
     what_has_changed_is_told_and_can_be_resumed,
     a_watcher_hears_of_its_own_workspace_only,
     a_watcher_who_was_revoked_is_told_nothing_more,
+    a_watcher_whose_rights_were_narrowed_is_told_nothing_more,
     a_position_that_is_not_known_any_more_is_refused,
     a_watcher_who_does_not_read_is_let_go,
 );
@@ -119,6 +124,28 @@ async fn a_watcher_who_was_revoked_is_told_nothing_more(world: World) {
     assert_eq!(end.code(), Code::Unauthenticated, "{end:?}");
 }
 
+async fn a_watcher_whose_rights_were_narrowed_is_told_nothing_more(world: World) {
+    world.add_workspace("other", "oth").await;
+    let root = world.root().await;
+    let (token, secret) = root.issue("gateway", &["keyward:validate-any"]).await;
+    let request = proto::CreateTokenRequest { workspace: "other".to_owned(), ..new_token("t", &[]) };
+    let other = root.create(request).await.expect("created").token.expect("a token").id;
+    let mut stream = watch(&world.bearer(&secret).await, None).await.expect("it opens");
+    stream.message().await.expect("no error").expect("a message");
+    let narrowed = proto::Token { id: token.id, scopes: vec!["keyward:validate".to_owned()], ..Default::default() };
+    root.update(narrowed, &["scopes"]).await.expect("narrowed");
+    root.revoke(&other).await.expect("revoked");
+    let end = loop {
+        match stream.message().await {
+            Ok(told) => {
+                assert!(told.expect("no end").invalidations.iter().all(|it| it.workspace != "other"), "told of what it may not ask about")
+            }
+            Err(end) => break end,
+        }
+    };
+    assert_eq!(end.code(), Code::PermissionDenied, "{end:?}");
+}
+
 async fn a_position_that_is_not_known_any_more_is_refused(world: World) {
     let (admin, validator) = (world.admin().await, world.validator().await);
     let (one, _) = admin.issue("one", &[]).await;
@@ -200,5 +227,60 @@ fn a_position_of_one_server_is_good_at_another() {
         let mut stream = watch(&there, position).await.expect("it opens");
         assert_eq!(next(&mut stream).await.invalidations, [token("default", &one.id)]);
         eventually("a heartbeat", async || stream.message().await.ok().flatten()).await;
+    });
+}
+
+/// Whoever asks any server after a message gets an answer that heeds it.
+#[test]
+fn a_watcher_hears_of_a_change_when_every_server_knows_it() {
+    run(Backend::Postgres, async |world| {
+        let proxy = Proxy::start(world::postgres().expect("PostgreSQL").port).await;
+        let url = world.settings["database_url"]
+            .replace(&format!(":{}/", world::postgres().expect("PostgreSQL").port), &format!(":{}/", proxy.port));
+        let slow = world.beside(&[("database_url", url.as_str())]).await;
+        let (admin, validator) = (world.admin().await, world.validator().await);
+        let there = slow.bearer(validator.token.as_ref().expect("a token")).await;
+        for _ in 0..3 {
+            let (one, secret) = admin.issue("one", &[]).await;
+            assert_eq!(there.verdict(&secret).await, Verdict::Valid);
+            let mut stream = watch(&validator, None).await.expect("it opens");
+            let first = stream.message().await.expect("no error").expect("a message");
+            // The other server asks what has changed, and the answer does not come for some time.
+            proxy.hold_after(LOOK_AT_THE_LOG.to_vec());
+            eventually("it asks", async || proxy.is_holding().then_some(())).await;
+            let revoking = tokio::spawn({
+                let (admin, id) = (admin.clone(), one.id.clone());
+                async move { admin.revoke(&id).await }
+            });
+            assert_eq!(next(&mut stream).await.invalidations, [token("default", &one.id)]);
+            assert_eq!(there.verdict(&secret).await, Verdict::Revoked, "what was told is in force there");
+            revoking.await.expect("a task").expect("revoked");
+            proxy.release();
+            // A server that has not heard as much as the one before lets a reader wait.
+            let position = proto::WatchPosition { number: first.position.expect("a position").number + 1, epoch: 1 };
+            let mut again = watch(&there, Some(position)).await.expect("it opens");
+            again.message().await.expect("no error").expect("a message");
+        }
+    });
+}
+
+/// The numbers of another database server may mean something else.
+#[test]
+fn after_a_failover_positions_are_refused() {
+    run(Backend::Postgres, async |world| {
+        let (admin, validator) = (world.admin().await, world.validator().await);
+        let (one, _) = admin.issue("one", &[]).await;
+        let position = watch(&validator, None).await.expect("it opens").message().await.expect("no error").expect("a message").position;
+        // As the head of an older timeline looks to the one that follows it.
+        world.db_execute("UPDATE change_head SET timeline = '00000000'").await;
+        let mut request = admin.request(proto::RevokeTokenRequest { id: one.id, ..Default::default() });
+        request.set_timeout(Duration::from_secs(2));
+        admin.tokens().revoke_token(request).await.expect("revoked");
+        let end = eventually("it is refused", async || {
+            let mut stream = watch(&validator, position).await.ok()?;
+            stream.message().await.err().filter(|end| end.code() != Code::Unavailable)
+        })
+        .await;
+        assert_eq!(end.code(), Code::FailedPrecondition, "{end:?}");
     });
 }
