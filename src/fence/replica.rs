@@ -157,7 +157,7 @@ impl Fence {
         let as_of = self.clock.now();
         let log = self.store.changes_after(place.applied, CHANGES_MAX, self.patience()).await?;
         if let Some(why) = place.outdated_by(&log) {
-            self.begin_anew(me, why).await;
+            self.begin_anew(me, why);
             return Ok(());
         }
         if place.history.is_none() {
@@ -185,7 +185,7 @@ impl Fence {
                 place.renewal = renewal;
                 self.wake.notify_one();
             }
-            Renewal::Evicted => self.begin_anew(me, "this server was silent for too long, and changes do not wait for it any more").await,
+            Renewal::Evicted => self.begin_anew(me, "this server was silent for too long, and changes do not wait for it any more"),
         }
         Ok(())
     }
@@ -238,7 +238,7 @@ impl Fence {
         Ok(Place { id, applied: head, acked: head, renewal: 0, renewed: None, history: None })
     }
 
-    async fn begin_anew(&self, me: &mut Option<Place>, why: &str) {
+    fn begin_anew(&self, me: &mut Option<Place>, why: &str) {
         self.cache.stop_serving();
         self.cache.clear();
         self.recent.clear();
