@@ -138,7 +138,7 @@ async fn a_watcher_whose_rights_were_narrowed_is_told_nothing_more(world: World)
     let end = loop {
         match stream.message().await {
             Ok(told) => {
-                assert!(told.expect("no end").invalidations.iter().all(|it| it.workspace != "other"), "told of what it may not ask about")
+                assert!(told.expect("no end").invalidations.iter().all(|it| it.workspace != "other"), "told of what it may not ask about");
             }
             Err(end) => break end,
         }
