@@ -62,6 +62,9 @@ const SMALL_ROWS_MAX: u32 = 10_000;
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long one verb may take. PostgreSQL is told to give up a little earlier, so that it does not go on for nobody.
 const WORK_TIMEOUT: Duration = Duration::from_secs(8);
+/// How long a start tries what fails because the database does not answer.
+const START_PATIENCE: Duration = Duration::from_secs(8);
+const START_PAUSE: Duration = Duration::from_millis(50);
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(6);
 /// How long SQLite may look how its tables have grown, when the database is closed.
 const STATISTICS_TIMEOUT: Duration = Duration::from_secs(2);
@@ -202,14 +205,30 @@ impl Store {
     }
 
     async fn settle_schema(&self, migrate: bool) -> std::result::Result<(), String> {
-        let failed = |error: DbErr| format!("the database's schema cannot be read or brought up to date: {}", cause(&error));
-        match self.schema().await.map_err(failed)? {
+        let failed = |error: Error| {
+            format!(
+                "the database's schema cannot be read or brought up to date: {}",
+                std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string)
+            )
+        };
+        match self.patiently(|| async move { self.schema().await.map_err(translate) }).await.map_err(failed)? {
             Schema::Current => Ok(()),
-            Schema::Old if migrate => self.migrate().await.map_err(failed),
+            Schema::Old if migrate => self.migrate().await.map_err(|error| failed(translate(error))),
             Schema::Old => Err("the database's schema is older than this program needs: run `keyward migrate`".to_owned()),
             Schema::Newer => Err("the database was brought up to date by a newer keyward than this one: run that version, or go back \
                                   to the backup from before"
                 .to_owned()),
+        }
+    }
+
+    /// Tries something that a start needs for some time: a database that others keep busy may let a connection wait.
+    async fn patiently<T, W: Future<Output = Result<T>>>(&self, work: impl Fn() -> W) -> Result<T> {
+        let begin = Stopwatch::start();
+        loop {
+            match work().await {
+                Err(Error::Unavailable(_)) if !self.is_alone() && begin.elapsed() < START_PATIENCE => tokio::time::sleep(START_PAUSE).await,
+                outcome => return outcome,
+            }
         }
     }
 
@@ -305,7 +324,7 @@ impl Store {
     /// # Errors
     /// A sentence for the operator.
     pub async fn settle_keyring(&self, keyring: &Keyring) -> std::result::Result<(), String> {
-        let settled = async {
+        let settled = self.patiently(|| async move {
             // Under the lock of changes: of two servers that start on an empty store one comes first.
             let tx = self.begin_unnumbered().await?;
             tx.execute("UPDATE change_head SET seq = seq WHERE id = 1", vec![]).await?;
@@ -314,7 +333,7 @@ impl Store {
                 Some(mistake) => Ok(Err(mistake)),
                 None => tx.add_keys(keyring).await.map(Ok),
             }
-        };
+        });
         settled.await.map_err(|error: Error| error.to_string())?
     }
 
@@ -323,7 +342,7 @@ impl Store {
     /// # Errors
     /// `Unavailable`.
     pub async fn has_keys(&self) -> Result<bool> {
-        Ok(!self.known_keys().await?.is_empty())
+        Ok(!self.patiently(|| self.known_keys()).await?.is_empty())
     }
 
     async fn known_keys(&self) -> Result<Vec<(Kid, Vec<u8>)>> {
