@@ -4,7 +4,8 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const FILES: [&str; 8] = [
+const FILES: [&str; 9] = [
+    "envoy/service/auth/v3/external_auth.proto",
     "keyward/v1/audit_service.proto",
     "keyward/v1/notice_service.proto",
     "keyward/v1/principal_service.proto",
@@ -16,7 +17,9 @@ const FILES: [&str; 8] = [
 ];
 
 /// Messages that carry a token: their derived `Debug` would print it. `api` writes one that does not.
-const SECRET: [&str; 9] = [
+const SECRET: [&str; 11] = [
+    "envoy.service.auth.v3.AttributeContext.HttpRequest",
+    "envoy.service.auth.v3.HeaderValue",
     "keyward.v1.ValidateTokenRequest",
     "keyward.v1.BatchValidateTokensRequest",
     "keyward.v1.CreateTokenResponse",

@@ -6,7 +6,9 @@
 
 mod audit_events;
 mod convert;
+mod envoy;
 pub mod gate;
+mod gateway;
 pub mod hot;
 mod invalidations;
 mod notices;
@@ -36,9 +38,9 @@ use crate::{
     issuer::Issuer,
     notices::Notices,
     proto::{
-        self, DESCRIPTORS, audit_service_server::AuditServiceServer, notice_service_server::NoticeServiceServer,
-        principal_service_server::PrincipalServiceServer, replica_service_server::ReplicaServiceServer,
-        self_service_server::SelfServiceServer, token_service_server::TokenServiceServer,
+        self, DESCRIPTORS, audit_service_server::AuditServiceServer, envoy::authorization_server::AuthorizationServer,
+        notice_service_server::NoticeServiceServer, principal_service_server::PrincipalServiceServer,
+        replica_service_server::ReplicaServiceServer, self_service_server::SelfServiceServer, token_service_server::TokenServiceServer,
         validation_service_server::ValidationServiceServer, workspace_service_server::WorkspaceServiceServer,
     },
     telemetry::Metrics,
@@ -46,7 +48,8 @@ use crate::{
 };
 
 /// The services whose health is told one by one.
-pub const SERVICES: [&str; 8] = [
+pub const SERVICES: [&str; 9] = [
+    "envoy.service.auth.v3.Authorization",
     "keyward.v1.AuditService",
     "keyward.v1.NoticeService",
     "keyward.v1.PrincipalService",
@@ -144,6 +147,7 @@ impl Api {
             .add_service(AuditServiceServer::new(self.clone()))
             .add_service(NoticeServiceServer::new(self.clone()))
             .add_service(ReplicaServiceServer::new(self.clone()))
+            .add_service(AuthorizationServer::new(self.clone()))
             .add_service(SelfServiceServer::new(self))
             .add_service(HealthServer::new(health).max_decoding_message_size(gate::PUBLIC_BYTES_MAX))
             .add_service(reflection().build_v1()?.max_decoding_message_size(gate::PUBLIC_BYTES_MAX))

@@ -1,4 +1,4 @@
-//! The generated messages, clients and servers of `proto/keyward/v1`, and the descriptors behind reflection.
+//! The generated messages, clients and servers of `proto/`, and the descriptors behind reflection.
 //!
 //! Invariant: messages that carry a token do not print it (test `messages_do_not_print_secrets`).
 
@@ -7,6 +7,11 @@
 use std::fmt;
 
 tonic::include_proto!("keyward.v1");
+
+/// What is read and answered of Envoy's external authorization API.
+pub mod envoy {
+    tonic::include_proto!("envoy.service.auth.v3");
+}
 
 /// The compiled proto files, with their comments.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
@@ -22,7 +27,11 @@ macro_rules! silent {
     };
 }
 
+use envoy::{HeaderValue, attribute_context::HttpRequest};
+
 silent!(
+    HeaderValue,
+    HttpRequest,
     ValidateTokenRequest,
     BatchValidateTokensRequest,
     CreateTokenResponse,
@@ -53,6 +62,12 @@ mod tests {
             format!("{:?}", ReportLeakedTokensRequest { tokens: vec![secret.clone()] }),
             format!("{:?}", RotateWebhookSecretResponse { webhook_secret: secret, ..Default::default() }),
         ];
+        let headers = [("authorization".to_owned(), "Bearer kw_canary".to_owned())];
+        let requests = [
+            format!("{:?}", HttpRequest { headers: headers.into(), ..Default::default() }),
+            format!("{:?}", HeaderValue { value: "kw_canary".to_owned(), ..Default::default() }),
+        ];
+        assert!(requests.iter().all(|text| text.ends_with("{ … }")), "{requests:?}");
         assert!(printed.iter().all(|text| text.ends_with("{ … }")), "{printed:?}");
     }
 }

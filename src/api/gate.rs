@@ -113,6 +113,9 @@ pub struct Method {
 pub(super) const VALIDATE: &str = "/keyward.v1.ValidationService/ValidateToken";
 pub(super) const BATCH: &str = "/keyward.v1.ValidationService/BatchValidateTokens";
 const BATCH_BYTES_MAX: usize = 1_024 * KIB;
+pub(super) const CHECK: &str = "/envoy.service.auth.v3.Authorization/Check";
+/// All headers that a gateway takes: Envoy's own limit is at most 8 MiB and 60 KiB by default.
+const CHECK_BYTES_MAX: usize = 256 * KIB;
 
 /// The largest message of a public method.
 pub const PUBLIC_BYTES_MAX: usize = 64 * KIB;
@@ -129,8 +132,9 @@ const fn method(path: &'static str, access: Access, plane: Plane) -> Method {
 }
 
 /// Every method there is: who may what.
-pub const METHODS: [Method; 48] = [
+pub const METHODS: [Method; 49] = [
     method(VALIDATE, Access::Validate, Plane::Data),
+    Method { request_bytes_max: CHECK_BYTES_MAX, ..method(CHECK, Access::Validate, Plane::Data) },
     Method { request_bytes_max: BATCH_BYTES_MAX, ..method(BATCH, Access::Validate, Plane::Data) },
     method("/keyward.v1.ValidationService/StreamValidateTokens", Access::Validate, Plane::Held),
     method("/keyward.v1.ValidationService/WatchInvalidations", Access::Validate, Plane::Watch),

@@ -22,19 +22,23 @@ use http::{
     header::{AUTHORIZATION, CONTENT_TYPE},
 };
 use http_body::Frame;
+use prost::Message as _;
 use smallvec::SmallVec;
 use tonic::{Status, body::Body};
 
 use self::question::Asked;
 use super::{
     Api,
+    envoy::Waiting,
     gate::{self, Active, Peer},
+    gateway,
     validation::BATCH_MAX,
 };
 use crate::{
     ambient::Time,
     caller::{Access, Rights},
     grant::{Grant, Need, Verdict},
+    proto::envoy::CheckRequest,
     token::{self, Digest, TokenId},
     validator::{Judgement, Question},
 };
@@ -243,6 +247,7 @@ impl Api {
         let frame = match request.uri().path() {
             gate::VALIDATE => self.answer_one(rest, caller.reach().ok()?, now),
             gate::BATCH => self.answer_batch(rest, caller.reach().ok()?, now),
+            gate::CHECK => self.answer_check(rest, caller.reach().ok()?, now),
             _ => None,
         }?;
         self.validator.count(caller.token_id, caller.address, now);
@@ -291,6 +296,28 @@ impl Api {
             frame.put_bytes(0, FRAME_HEADER_BYTES);
             question::put_answer(&mut frame, judgement, &question);
             finished(frame)
+        })?
+    }
+
+    fn answer_check(&self, message: &[u8], reach: Option<&str>, now: Time) -> Option<Vec<u8>> {
+        let request = CheckRequest::decode(message).ok()?;
+        let waiting = Waiting::of(&request);
+        let inquiry = match waiting.inquiry() {
+            Ok(inquiry) => inquiry,
+            Err(refusal) => return framed(&waiting.refused(&refusal, None)),
+        };
+        let question = match inquiry.question(reach) {
+            Ok(question) => question,
+            Err(refusal) => return framed(&waiting.refused(&refusal, None)),
+        };
+        let digest = self.validator.prove(question.text);
+        self.validator.judge_known(digest, &question, now, |judgement| {
+            self.validator.count_hits(digest.is_some().into());
+            if let Some(token_id) = judgement.used(&question) {
+                self.validator.count(token_id, question.need.client_ip, now);
+            }
+            self.metrics.verdict(judgement.verdict);
+            framed(&waiting.answer(&inquiry, judgement, gateway::decide(judgement, &question)))
         })?
     }
 
@@ -350,6 +377,12 @@ impl Api {
             self.metrics.verdict(verdict);
         }
     }
+}
+
+fn framed(message: &impl prost::Message) -> Option<Vec<u8>> {
+    let mut frame = vec![0; FRAME_HEADER_BYTES];
+    message.encode(&mut frame).ok()?;
+    finished(frame)
 }
 
 /// Writes the length of a message into the prefix that was left free for it.
