@@ -10,6 +10,7 @@ mod envoy;
 pub mod gate;
 mod gateway;
 pub mod hot;
+mod http;
 mod invalidations;
 mod notices;
 mod principals;

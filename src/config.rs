@@ -52,8 +52,9 @@ const fn setting(name: &'static str, value: &'static str, default: &'static str,
 }
 
 /// All of them.
-pub const SETTINGS: [Setting; 26] = [
+pub const SETTINGS: [Setting; 27] = [
     setting("listen", "ADDRESS:PORT", "127.0.0.1:50051", "Where gRPC is served"),
+    setting("http_listen", "ADDRESS:PORT|off", "127.0.0.1:8080", "Where gateways ask by HTTP: /v1/authorize, /oauth2/introspect, /healthz, /readyz"),
     setting("metrics_listen", "ADDRESS:PORT|off", "127.0.0.1:9464", "Where Prometheus reads metrics, at /metrics"),
     setting("data_dir", "FOLDER", "keyward-data", "Where the embedded database and the keyring are kept"),
     Setting {
@@ -164,6 +165,8 @@ pub struct Tls {
 pub struct Config {
     pub listen: SocketAddr,
     pub metrics_listen: Option<SocketAddr>,
+    /// Where gateways ask by HTTP; nothing: nowhere.
+    pub http_listen: Option<SocketAddr>,
     pub data_dir: PathBuf,
     pub database_url: DatabaseUrl,
     pub lease: Duration,
@@ -314,10 +317,8 @@ impl Reader {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let config = Config {
             listen: self.take("listen", ([127, 0, 0, 1], 50051).into(), address),
-            metrics_listen: self.take("metrics_listen", Some(([127, 0, 0, 1], 9464).into()), |text| match text {
-                "off" => Ok(None),
-                text => address(text).map(Some),
-            }),
+            http_listen: self.take("http_listen", Some(([127, 0, 0, 1], 8080).into()), address_or_off),
+            metrics_listen: self.take("metrics_listen", Some(([127, 0, 0, 1], 9464).into()), address_or_off),
             database_url: self.take("database_url", DatabaseUrl::Sqlite(data_dir.join("keyward.db")), str::parse),
             lease: self.take("lease", Duration::from_secs(10), |text| span(text, fence::LEASE_MAX.as_secs())),
             is_acked_only: self.take("fence_mode", false, |text| one_of(text, &["lease", "acked_only"]).map(|mode| mode == "acked_only")),
@@ -343,12 +344,16 @@ impl Reader {
             }),
             data_dir,
         };
-        if !config.listen.ip().is_loopback() && config.tls.is_none() && !config.insecure {
-            self.mistakes.push(format!(
-                "listen {} can be reached from the network, and tokens would cross it readable: set tls_cert and tls_key, or say --insecure \
-                 where something else encrypts the way",
-                config.listen
-            ));
+        let open = |name: &str, address: SocketAddr| {
+            format!(
+                "{name} {address} can be reached from the network, and tokens would cross it readable: set tls_cert and tls_key, or say --insecure \
+                 where something else encrypts the way"
+            )
+        };
+        if config.tls.is_none() && !config.insecure {
+            let addresses = [("listen", Some(config.listen)), ("http_listen", config.http_listen)];
+            let addresses = addresses.into_iter().filter_map(|(name, address)| Some((name, address?)));
+            self.mistakes.extend(addresses.filter(|(_, address)| !address.ip().is_loopback()).map(|(name, address)| open(name, address)));
         }
         if self.mistakes.is_empty() { Ok(config) } else { Err(self.mistakes) }
     }
@@ -423,6 +428,10 @@ fn replica_name(text: &str) -> Result<String, String> {
 fn cidrs(text: &str) -> Result<Vec<IpNet>, String> {
     let ranges = text.split([' ', ';', ',']).filter(|range| !range.is_empty());
     ranges.map(|range| rules::cidr(range).map_err(|rule| format!("has `{range}`, which {rule}"))).collect()
+}
+
+fn address_or_off(text: &str) -> Result<Option<SocketAddr>, String> {
+    if text == "off" { Ok(None) } else { address(text).map(Some) }
 }
 
 fn one_of<'a>(text: &'a str, values: &[&str]) -> Result<&'a str, String> {

@@ -4,6 +4,7 @@
 //! Invariant: a clean stop writes every use that was counted (test `uses_are_counted_exactly_after_a_clean_stop`).
 
 mod connection;
+mod http;
 mod tls;
 mod workers;
 
@@ -25,6 +26,7 @@ use tonic_health::{
 
 use self::{
     connection::{Phase, Port},
+    http::HttpPort,
     tls::Certificates,
     workers::Workers,
 };
@@ -66,6 +68,7 @@ const METRICS_CONNECTIONS_MAX: usize = 64;
 /// A server that answers.
 pub struct Server {
     address: SocketAddr,
+    http_address: Option<SocketAddr>,
     metrics_address: Option<SocketAddr>,
     rooms: Rooms,
     port: Arc<Port>,
@@ -112,6 +115,10 @@ impl Server {
             Some(address) => Some(listen("metrics_listen", address).await?),
             None => None,
         };
+        let http_listener = match config.http_listen {
+            Some(address) => Some(listen("http_listen", address).await?),
+            None => None,
+        };
         let metrics = Arc::new(Metrics::new(&gate::counted_names()));
         let address = local_address(&listener)?;
         let show = |secret: &Secret| show(secret, address);
@@ -130,12 +137,19 @@ impl Server {
         let routes = api.clone().routes(HealthService::from_health_reporter(health.clone())).map_err(|error| error.to_string())?;
         let (phase, phase_receiver) = watch::channel(Phase::Serving);
         let gate = Arc::new(gate::Gate::new(api, routes, rooms.clock.clone(), limits));
+        let http = HttpPort {
+            gate: Arc::clone(&gate),
+            certificates: certificates.clone(),
+            phase: phase_receiver.clone(),
+            able: rooms.fence.able(),
+        };
         let port = Port::new(gate, certificates, metrics, phase_receiver);
         let workers = Workers::start(config.workers, &port)?;
         // Before the first question, and after all that may take its time.
         let membership = rooms.fence.join().await.map_err(|error| error.to_string())?;
         let mut server = Self {
             address,
+            http_address: http_listener.as_ref().map(local_address).transpose()?,
             metrics_address: metrics_listener.as_ref().map(local_address).transpose()?,
             port,
             phase,
@@ -147,6 +161,9 @@ impl Server {
         server.spawn_ticks(config.notices_interval);
         server.metrics_task = metrics_listener.map(|listener| tokio::spawn(serve_metrics(listener, server.rooms.clone())));
         tokio::spawn(Arc::clone(&server.port).accept(listener, workers));
+        if let Some(listener) = http_listener {
+            tokio::spawn(Arc::new(http).accept(listener));
+        }
         set_health(&server.health, ServingStatus::Serving).await;
         tracing::info!(address = %server.address, version = telemetry::VERSION, database = ?config.database_url, "serving");
         Ok(server)
@@ -156,6 +173,12 @@ impl Server {
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where gateways ask by HTTP.
+    #[must_use]
+    pub fn http_address(&self) -> Option<SocketAddr> {
+        self.http_address
     }
 
     /// Where metrics are served.

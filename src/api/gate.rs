@@ -42,7 +42,7 @@ use super::{
     status, stream,
 };
 use crate::{
-    ambient::{Clock, Stopwatch},
+    ambient::{Clock, Stopwatch, Time},
     audit::Refusal,
     caller::{Access, Caller},
     error::Error,
@@ -512,7 +512,7 @@ impl Gate {
         Ok(self.route(request).await)
     }
 
-    fn places(&self, plane: Plane) -> &Arc<Semaphore> {
+    pub(super) fn places(&self, plane: Plane) -> &Arc<Semaphore> {
         match plane {
             Plane::Data => &self.data_calls,
             Plane::Control => &self.control_calls,
@@ -541,12 +541,7 @@ impl Gate {
                 deadline: Deadline::new(Stopwatch::start(), self.limits.deadline_max),
             }));
         }
-        let identity = match (bearer(headers)?, &peer.certificate) {
-            (Some(text), _) => self.api.validator.identify(text, address, judge == Judge::BeforeTheMessage, now).await?,
-            (None, Some(certificate)) => self.api.validator.identify_certificate(certificate).await?,
-            (None, None) => return Err(Error::Unauthenticated(CREDENTIALS_MISSING)),
-        };
-        let caller = match identity {
+        let caller = match self.identity(bearer(headers)?, peer, judge, now).await? {
             Identity::Good(caller) => caller,
             Identity::Refused(known) => {
                 *who = known;
@@ -556,6 +551,27 @@ impl Gate {
         *who = Some(caller.clone());
         caller.authorize(method.access)?;
         Ok(Some(Call { caller, now, deadline: Deadline::new(Stopwatch::start(), self.limits.deadline_max) }))
+    }
+
+    async fn identity(&self, presented: Option<&[u8]>, peer: &Peer, judge: Judge, now: Time) -> Result<Identity, Error> {
+        let address = Some(peer.address.ip().to_canonical());
+        match (presented, &peer.certificate) {
+            (Some(text), _) => self.api.validator.identify(text, address, judge == Judge::BeforeTheMessage, now).await,
+            (None, Some(certificate)) => self.api.validator.identify_certificate(certificate).await,
+            (None, None) => Err(Error::Unauthenticated(CREDENTIALS_MISSING)),
+        }
+    }
+
+    /// As [`Gate::identify`], by what was presented elsewhere than in `authorization`.
+    pub(super) async fn identify_presented(&self, presented: Option<&[u8]>, access: Access, peer: &Peer) -> Result<Caller, Error> {
+        match self.identity(presented, peer, Judge::WithTheMessage, self.now()).await? {
+            Identity::Good(caller) => caller.authorize(access).map(|()| caller),
+            Identity::Refused(_) => Err(Error::Unauthenticated(CREDENTIALS_REFUSED)),
+        }
+    }
+
+    pub(super) fn now(&self) -> Time {
+        self.clock.now()
     }
 
     pub(super) async fn route<B>(&self, request: Request<B>) -> Response<Body>

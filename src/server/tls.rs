@@ -28,19 +28,26 @@ struct Loaded {
     /// The files' contents, to see whether they changed.
     files: Vec<Vec<u8>>,
     config: Arc<ServerConfig>,
+    /// The same for the port of HTTP.
+    http: Arc<ServerConfig>,
 }
 
 impl Certificates {
     /// Reads the files that the settings name.
     pub(super) fn load(settings: &Tls) -> Result<Self, String> {
         let files = read(settings)?;
-        let config = build(settings, &files)?;
-        Ok(Self { settings: settings.clone(), loaded: RwLock::new(Loaded { files, config }) })
+        let (config, http) = build(settings, &files)?;
+        Ok(Self { settings: settings.clone(), loaded: RwLock::new(Loaded { files, config, http }) })
     }
 
     /// What new connections are accepted with.
     pub(super) fn acceptor(&self) -> TlsAcceptor {
         Arc::clone(&self.loaded.read().config).into()
+    }
+
+    /// As [`Certificates::acceptor`], where HTTP/1.1 is spoken as well.
+    pub(super) fn http_acceptor(&self) -> TlsAcceptor {
+        Arc::clone(&self.loaded.read().http).into()
     }
 
     /// Reads the files again; says whether they changed. On an error the certificates in use stay.
@@ -49,8 +56,8 @@ impl Certificates {
         if files == self.loaded.read().files {
             return Ok(false);
         }
-        let config = build(&self.settings, &files)?;
-        *self.loaded.write() = Loaded { files, config };
+        let (config, http) = build(&self.settings, &files)?;
+        *self.loaded.write() = Loaded { files, config, http };
         Ok(true)
     }
 
@@ -89,7 +96,7 @@ fn read(settings: &Tls) -> Result<Vec<Vec<u8>>, String> {
         .collect()
 }
 
-fn build(settings: &Tls, files: &[Vec<u8>]) -> Result<Arc<ServerConfig>, String> {
+fn build(settings: &Tls, files: &[Vec<u8>]) -> Result<(Arc<ServerConfig>, Arc<ServerConfig>), String> {
     let [cert, key, client_ca @ ..] = files else {
         return Err("the certificate's files are missing".to_owned());
     };
@@ -115,7 +122,8 @@ fn build(settings: &Tls, files: &[Vec<u8>]) -> Result<Arc<ServerConfig>, String>
         config.send_tls13_tickets = 0;
     }
     config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(Arc::new(config))
+    let http = ServerConfig { alpn_protocols: vec![b"h2".to_vec(), b"http/1.1".to_vec()], ..config.clone() };
+    Ok((Arc::new(config), Arc::new(http)))
 }
 
 fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {

@@ -348,7 +348,7 @@ fn running_out_of_file_descriptors_is_outlived() {
     let folder = tempfile::tempdir().expect("a folder");
     let port = crate::world::free_port();
     let serve = format!(
-        "ulimit -n 64; exec {} serve --listen 127.0.0.1:{port} --metrics-listen off --workers 1 --data-dir {}",
+        "ulimit -n 64; exec {} serve --listen 127.0.0.1:{port} --http-listen off --metrics-listen off --workers 1 --data-dir {}",
         env!("CARGO_BIN_EXE_keyward"),
         folder.path().join("data").display()
     );

@@ -45,7 +45,7 @@ impl Site {
     pub fn spawn(&self) -> Process {
         let mut command = keyward();
         let (data, root, log) = (self.folder.path().join("data"), self.folder.path().join("root"), self.folder.path().join("log"));
-        command.args(["serve", "--listen", "127.0.0.1:0", "--metrics-listen", "off"]);
+        command.args(["serve", "--listen", "127.0.0.1:0", "--http-listen", "off", "--metrics-listen", "off"]);
         command.arg("--data-dir").arg(data).arg("--database-url").arg(&self.database_url).arg("--root-token-file").arg(root);
         command.args(&self.arguments);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(log).expect("a log"));

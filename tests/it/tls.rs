@@ -233,7 +233,7 @@ fn a_hangup_reads_the_certificates_anew() {
     let port = crate::world::free_port();
     let mut command = keyward();
     command
-        .args(["serve", "--metrics-listen", "off", "--listen", &format!("127.0.0.1:{port}"), "--data-dir"])
+        .args(["serve", "--http-listen", "off", "--metrics-listen", "off", "--listen", &format!("127.0.0.1:{port}"), "--data-dir"])
         .arg(folder.path().join("data"));
     command.arg("--tls-cert").arg(folder.path().join("cert.pem")).arg("--tls-key").arg(folder.path().join("key.pem"));
     let log = fs::File::create(folder.path().join("log")).expect("writable");

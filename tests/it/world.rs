@@ -142,6 +142,7 @@ impl World {
     async fn unstarted_in(backend: Backend, folder: TempDir) -> Self {
         let mut settings = BTreeMap::from([
             ("listen", "127.0.0.1:0".to_owned()),
+            ("http_listen", "127.0.0.1:0".to_owned()),
             ("metrics_listen", "127.0.0.1:0".to_owned()),
             ("data_dir", folder.path().join("data").display().to_string()),
         ]);

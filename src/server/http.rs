@@ -1,0 +1,119 @@
+//! The port for gateways that ask by HTTP: HTTP/1.1 and HTTP/2, with the certificates of the gRPC port.
+//!
+//! Invariant: who connects and sends no request is gone after [`HEAD_TIMEOUT`] (test `silent_clients_of_http_are_cut`).
+
+use std::{convert::Infallible, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+
+use hyper::{Request, body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    time::{sleep, timeout},
+};
+
+use super::{connection::Phase, tls::Certificates};
+use crate::{
+    api::gate::{Gate, Peer},
+    caller::Caller,
+};
+
+/// Open connections.
+const CONNECTIONS_MAX: usize = 1_024;
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// From the connection, or from the answer before it, to the end of the next request's head. Gateways keep connections open for some time.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(75);
+/// How long the calls that are under way at the drain may take.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Of a request's head: gateways pass on what their clients send.
+const HEADER_BYTES_MAX: usize = 256 * 1024;
+const STREAMS_MAX: u32 = 128;
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+
+/// The port.
+pub(super) struct HttpPort {
+    pub(super) gate: Arc<Gate>,
+    pub(super) certificates: Option<Arc<Certificates>>,
+    pub(super) phase: watch::Receiver<Phase>,
+    /// Whether questions can be answered.
+    pub(super) able: watch::Receiver<bool>,
+}
+
+impl HttpPort {
+    /// Accepts connections until the drain begins.
+    pub(super) async fn accept(self: Arc<Self>, listener: TcpListener) {
+        let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let mut phase = self.phase.clone();
+        loop {
+            let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                _ = phase.wait_for(|phase| *phase != Phase::Serving) => return,
+            };
+            match accepted {
+                Ok((stream, address)) => {
+                    tokio::spawn(Arc::clone(&self).serve(stream, address, permit));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "an HTTP connection could not be accepted");
+                    sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+
+    async fn serve(self: Arc<Self>, stream: TcpStream, address: SocketAddr, _permit: OwnedSemaphorePermit) {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "TCP_NODELAY could not be set");
+        }
+        let Some(certificates) = &self.certificates else {
+            return self.drive(stream, address, None).await;
+        };
+        match timeout(HANDSHAKE_TIMEOUT, certificates.http_acceptor().accept(stream)).await {
+            Ok(Ok(stream)) => {
+                let certificate = certificates.caller(&stream).map(Arc::new);
+                self.drive(stream, address, certificate).await;
+            }
+            Ok(Err(error)) => tracing::debug!(%error, peer = %address.ip(), "TLS handshake failed"),
+            Err(_) => tracing::debug!(peer = %address.ip(), "TLS handshake took too long"),
+        }
+    }
+
+    async fn drive(&self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, address: SocketAddr, certificate: Option<Arc<Caller>>) {
+        let (_open, closing) = watch::channel(false);
+        let peer = Arc::new(Peer { address, certificate, closing: Arc::new(closing) });
+        let service = service_fn(|request: Request<Incoming>| {
+            let is_ready = *self.able.borrow() && *self.phase.borrow() == Phase::Serving;
+            let answer = Arc::clone(&self.gate).serve_http(request, Arc::clone(&peer), is_ready);
+            async move { Ok::<_, Infallible>(answer.await) }
+        });
+        let builder = http();
+        let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+        let mut phase = self.phase.clone();
+        let is_closed = tokio::select! {
+            // Whoever breaks the protocol is no concern of ours.
+            _broken = connection.as_mut() => true,
+            _ = phase.wait_for(|phase| *phase != Phase::Serving) => false,
+        };
+        if !is_closed {
+            connection.as_mut().graceful_shutdown();
+            let _farewell = timeout(CLOSE_TIMEOUT, connection).await;
+        }
+    }
+}
+
+fn http() -> auto::Builder<TokioExecutor> {
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEADER_BYTES_MAX);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(STREAMS_MAX)
+        .max_header_list_size(u32::try_from(HEADER_BYTES_MAX).unwrap_or(u32::MAX))
+        .keep_alive_interval(KEEPALIVE_INTERVAL);
+    builder
+}
