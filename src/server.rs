@@ -10,7 +10,7 @@ mod workers;
 
 use std::{convert::Infallible, io::Write as _, net::SocketAddr, os::unix::fs::DirBuilderExt as _, path::Path, sync::Arc, time::Duration};
 
-use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
+use ::http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
@@ -530,6 +530,6 @@ fn metrics_answer(request: &Request<Incoming>, rooms: &Rooms) -> Response<String
     };
     let mut response = Response::new(body);
     *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static(content_type));
+    response.headers_mut().insert(CONTENT_TYPE, ::http::HeaderValue::from_static(content_type));
     response
 }

@@ -173,3 +173,88 @@ fn metadata(judgement: Judgement<'_>) -> Struct {
     }
     Struct { fields }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(headers: &[(&str, &str)], raw: bool, settings: &[(&str, &str)]) -> CheckRequest {
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        let raw_header = |(name, value): &(&str, &str)| HeaderValue {
+            key: (*name).to_owned(),
+            value: String::new(),
+            raw_value: value.as_bytes().to_vec(),
+        };
+        let http = attribute_context::HttpRequest {
+            method: "GET".to_owned(),
+            path: "/".to_owned(),
+            headers: if raw { BTreeMap::new() } else { headers.iter().map(owned).collect() },
+            header_map: raw.then(|| HeaderMap { headers: headers.iter().map(raw_header).collect() }),
+        };
+        let attributes = AttributeContext {
+            request: Some(attribute_context::Request { http: Some(http) }),
+            context_extensions: settings.iter().map(owned).collect(),
+            ..Default::default()
+        };
+        CheckRequest { attributes: Some(attributes) }
+    }
+
+    #[test]
+    fn spoofed_identities_do_not_pass() {
+        let spoofed = [
+            ("authorization", "Bearer kw_1"),
+            ("x-keyward-principal", "root"),
+            ("x_keyward_principal", "root"),
+            ("x-keyward_scopes", "*"),
+            ("x-keyward-anything", "1"),
+            ("x-keyword", "1"),
+        ];
+        let identity = Identity { token_id: "tok".to_owned(), principal: "alice".to_owned(), workspace: "w".to_owned(), scopes: String::new() };
+        for raw in [false, true] {
+            for strip in ["true", "false"] {
+                let request = request(&spoofed, raw, &[("strip_token", strip)]);
+                let waiting = Waiting::of(&request);
+                let inquiry = waiting.inquiry().expect("a good route");
+                assert_eq!(inquiry.presented, Presented::Token(b"kw_1"));
+                let passed = waiting.passed(&inquiry.route, &identity, Struct::default());
+                let Some(HttpResponse::OkResponse(passed)) = passed.http_response else { panic!("it passes") };
+                assert!(passed.headers.iter().all(|header| header.append_action() == HeaderAppendAction::OverwriteIfExistsOrAdd));
+                let set: Vec<&str> = passed.headers.iter().filter_map(|header| Some(header.header.as_ref()?.key.as_str())).collect();
+                assert_eq!(set, ["x-keyward-token-id", "x-keyward-principal", "x-keyward-workspace"]);
+                let removed: Vec<&str> = passed.headers_to_remove.iter().map(String::as_str).collect();
+                let mut expected = vec!["x-keyward-scopes", "x_keyward_principal", "x-keyward_scopes", "x-keyward-anything"];
+                expected.extend((strip == "true").then_some("authorization"));
+                let sorted = |mut names: Vec<&str>| {
+                    names.sort_unstable();
+                    names.join(" ")
+                };
+                assert_eq!(sorted(removed), sorted(expected), "{raw} {strip}");
+            }
+        }
+    }
+
+    /// What lets a request pass at an Envoy: an empty answer, or the status OK.
+    #[test]
+    fn no_refusal_is_empty_or_ok() {
+        let refusals = [
+            Refusal::NoCredentials,
+            Refusal::Malformed,
+            Refusal::BadToken,
+            Refusal::InsufficientScope(String::new()),
+            Refusal::Misconfigured("why".to_owned()),
+        ];
+        for content_type in ["text/plain", "application/grpc+proto"] {
+            let request = request(&[("content-type", content_type)], false, &[]);
+            for refusal in &refusals {
+                let answer = Waiting::of(&request).refused(refusal, None);
+                assert!(answer.status.is_some_and(|status| status.code != 0), "{refusal:?}");
+                let Some(HttpResponse::DeniedResponse(denied)) = answer.http_response else { panic!("{refusal:?}") };
+                assert!(denied.status.is_some_and(|status| (400..600).contains(&status.code)), "{refusal:?}");
+                assert_eq!(denied.body.starts_with('{'), content_type == "text/plain");
+            }
+        }
+        let nothing = CheckRequest::default();
+        let waiting = Waiting::of(&nothing);
+        assert_eq!(waiting.inquiry().expect("no route").presented, Presented::Nothing);
+    }
+}

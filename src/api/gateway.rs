@@ -285,3 +285,106 @@ pub(super) fn decide(judgement: Judgement<'_>, question: &Question<'_>) -> Decis
         _ => Decision::Refuse(Refusal::BadToken),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::grant::Facts;
+
+    const BEARER: &str = "authorization";
+
+    fn presented<'a>(header: &str, values: &[&'a str]) -> Presented<'a> {
+        Presented::of(header, values.iter().map(|value| value.as_bytes()))
+    }
+
+    #[test]
+    fn a_token_is_presented_once_and_whole() {
+        assert_eq!(presented(BEARER, &["Bearer kw_1"]), Presented::Token(b"kw_1"));
+        assert_eq!(presented(BEARER, &["bEARER kw_1"]), Presented::Token(b"kw_1"), "the scheme has no case");
+        assert_eq!(presented("x-api-key", &["kw_1"]), Presented::Token(b"kw_1"));
+        for nothing in [&[][..], &["Basic YTpi"], &["Negotiate"], &[""]] {
+            assert_eq!(presented(BEARER, nothing), Presented::Nothing, "{nothing:?}");
+        }
+        for bad in [
+            &["Bearer"][..],
+            &["Bearer "],
+            &["Bearer  kw_1"],
+            &["Bearer kw_1 kw_2"],
+            &["Bearer kw_1,Bearer kw_2"],
+            &["Bearer kw_1, Bearer kw_2"],
+            &["Bearer kw_1,"],
+            &["Basic YTpi, Bearer kw_1"],
+            &["Bearer kw_1", "Bearer kw_1"],
+        ] {
+            assert_eq!(presented(BEARER, bad), Presented::Malformed, "{bad:?}");
+        }
+        for bad in [&[""][..], &["kw_1,kw_2"], &["kw_1 "], &["kw_1", "kw_1"]] {
+            assert_eq!(presented("x-api-key", bad), Presented::Malformed, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_route_that_is_set_wrongly_is_closed() {
+        let read = |name: &'static str, value: &'static str| Route::read(std::iter::once((name, value)));
+        let route = read("required_scopes", "orders:read  orders:write").expect("good");
+        assert_eq!(route.scopes.as_deref(), Some(["orders:read", "orders:write"].as_slice()));
+        assert_eq!(read("required_scopes", "").expect("none is needed").scopes.as_deref(), Some([].as_slice()));
+        assert_eq!(read("token_header", "x-api-key").expect("good").token_header(), "x-api-key");
+        for (name, value) in [
+            ("required_scope", "orders:read"),
+            ("Audience", "shop"),
+            ("required_scopes", "orders"),
+            ("required_scopes", "orders:read,orders:write"),
+            ("token_header", "X-Api-Key"),
+            ("token_header", ""),
+            ("token_header", "x api"),
+            ("strip_token", "yes"),
+            ("workspace", "no blanks"),
+        ] {
+            let Err(Refusal::Misconfigured(why)) = read(name, value) else { panic!("{name}={value}") };
+            assert!(why.starts_with(name), "{why}");
+        }
+        let route = read("workspace", "ours").expect("good");
+        let http = HttpRequest { method: "GET", path: "/" };
+        let inquiry = Inquiry { route, presented: Presented::Token(b"kw_1"), http, client_ip: None };
+        assert!(inquiry.question(None).is_ok_and(|question| question.need.workspace == Some("ours")));
+        assert!(inquiry.question(Some("ours")).is_ok());
+        assert!(matches!(inquiry.question(Some("theirs")), Err(Refusal::Misconfigured(_))));
+        let bare = Inquiry { route: Route::default(), http: HttpRequest { method: "GET", path: "" }, ..inquiry };
+        assert!(matches!(bare.question(None), Err(Refusal::Misconfigured(_))), "no scope, and no path to find one by");
+    }
+
+    #[test]
+    fn only_a_good_token_opens_the_door() {
+        let grant = Grant::of(&Facts::example("ci"));
+        let need = Need { scopes: &["orders:read"], ..Need::default() };
+        let question = Question { text: b"kw_1", need, http: None, peek: false };
+        let verdicts = [
+            Verdict::Valid,
+            Verdict::Unknown,
+            Verdict::Revoked,
+            Verdict::Expired,
+            Verdict::Inactive,
+            Verdict::PrincipalSuspended,
+            Verdict::WorkspaceSuspended,
+            Verdict::WrongAudience,
+            Verdict::InsufficientScope,
+            Verdict::IpNotAllowed,
+        ];
+        for verdict in verdicts {
+            for grant in [None, Some(&grant)] {
+                let decision = decide(Judgement { verdict, grant, derived_scope: None }, &question);
+                let passes = matches!(decision, Decision::Pass(_));
+                assert_eq!(passes, verdict == Verdict::Valid && grant.is_some(), "{verdict:?}");
+                if let Decision::Refuse(refusal) = decision {
+                    assert!((400..=599).contains(&refusal.http_status()) && refusal.code() != Code::Ok, "{refusal:?}");
+                    assert!(refusal.challenge().is_some_and(|challenge| challenge.starts_with("Bearer realm=")), "{refusal:?}");
+                }
+            }
+        }
+        let refusal = Refusal::InsufficientScope("orders:read".to_owned());
+        let challenge = r#"Bearer realm="keyward", error="insufficient_scope", scope="orders:read""#;
+        assert_eq!((refusal.http_status(), refusal.challenge().as_deref()), (403, Some(challenge)));
+        assert_eq!(Refusal::NoCredentials.challenge().as_deref(), Some(r#"Bearer realm="keyward""#), "no error without credentials");
+    }
+}

@@ -84,7 +84,7 @@ fn declared() -> Vec<(String, MessageDescriptor)> {
 fn every_method_is_in_the_table() {
     let declared: BTreeSet<String> = declared().into_iter().map(|(path, _)| path).collect();
     let listed: BTreeSet<String> =
-        METHODS.iter().filter(|method| method.path.starts_with("/keyward.")).map(|method| method.path.to_owned()).collect();
+        METHODS.iter().filter(|method| !method.path.starts_with("/grpc.")).map(|method| method.path.to_owned()).collect();
     assert_eq!(declared, listed);
 }
 

@@ -29,6 +29,7 @@ mod domain;
 mod equipment;
 mod equivalence;
 mod fence;
+mod gateways;
 mod hot;
 mod keeping;
 mod limits;
