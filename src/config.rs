@@ -52,9 +52,15 @@ const fn setting(name: &'static str, value: &'static str, default: &'static str,
 }
 
 /// All of them.
-pub const SETTINGS: [Setting; 27] = [
+pub const SETTINGS: [Setting; 28] = [
     setting("listen", "ADDRESS:PORT", "127.0.0.1:50051", "Where gRPC is served"),
     setting("http_listen", "ADDRESS:PORT|off", "127.0.0.1:8080", "Where gateways ask by HTTP: /v1/authorize, /oauth2/introspect, /healthz, /readyz"),
+    setting(
+        "gateway_peers",
+        "CIDR…",
+        "",
+        "Addresses of gateways that cannot present credentials: they may ask by /v1/authorize and Envoy's API about tokens of every workspace",
+    ),
     setting("metrics_listen", "ADDRESS:PORT|off", "127.0.0.1:9464", "Where Prometheus reads metrics, at /metrics"),
     setting("data_dir", "FOLDER", "keyward-data", "Where the embedded database and the keyring are kept"),
     Setting {
@@ -165,6 +171,8 @@ pub struct Tls {
 pub struct Config {
     pub listen: SocketAddr,
     pub metrics_listen: Option<SocketAddr>,
+    /// Addresses of gateways that need no credentials.
+    pub gateway_peers: Vec<IpNet>,
     /// Where gateways ask by HTTP; nothing: nowhere.
     pub http_listen: Option<SocketAddr>,
     pub data_dir: PathBuf,
@@ -317,6 +325,7 @@ impl Reader {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let config = Config {
             listen: self.take("listen", ([127, 0, 0, 1], 50051).into(), address),
+            gateway_peers: self.take("gateway_peers", Vec::new(), cidrs),
             http_listen: self.take("http_listen", Some(([127, 0, 0, 1], 8080).into()), address_or_off),
             metrics_listen: self.take("metrics_listen", Some(([127, 0, 0, 1], 9464).into()), address_or_off),
             database_url: self.take("database_url", DatabaseUrl::Sqlite(data_dir.join("keyward.db")), str::parse),

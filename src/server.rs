@@ -136,7 +136,7 @@ impl Server {
         };
         let routes = api.clone().routes(HealthService::from_health_reporter(health.clone())).map_err(|error| error.to_string())?;
         let (phase, phase_receiver) = watch::channel(Phase::Serving);
-        let gate = Arc::new(gate::Gate::new(api, routes, rooms.clock.clone(), limits));
+        let gate = Arc::new(gate::Gate::new(api, routes, rooms.clock.clone(), limits, config.gateway_peers.clone()));
         let http = HttpPort {
             gate: Arc::clone(&gate),
             certificates: certificates.clone(),

@@ -25,6 +25,7 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response, header::AUTHORIZATION};
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
+use ipnet::IpNet;
 use tokio::{
     runtime::Handle,
     sync::{Semaphore, watch},
@@ -304,12 +305,13 @@ pub struct Gate {
     retries: PerPrincipal,
     active: Arc<AtomicUsize>,
     control: Handle,
+    gateway_peers: Vec<IpNet>,
 }
 
 impl Gate {
-    /// One in front of these routes. What has to wait is done on the present runtime.
+    /// One in front of these routes, which asks gateways at these addresses for no credentials. What has to wait is done on the present runtime.
     #[must_use]
-    pub fn new(api: Api, routes: Routes, clock: Clock, limits: Limits) -> Self {
+    pub fn new(api: Api, routes: Routes, clock: Clock, limits: Limits, gateway_peers: Vec<IpNet>) -> Self {
         Self {
             api,
             routes,
@@ -327,6 +329,7 @@ impl Gate {
             retries: PerPrincipal::new(limits.own_changes_max),
             active: Arc::default(),
             control: Handle::current(),
+            gateway_peers,
         }
     }
 
@@ -541,7 +544,7 @@ impl Gate {
                 deadline: Deadline::new(Stopwatch::start(), self.limits.deadline_max),
             }));
         }
-        let caller = match self.identity(bearer(headers)?, peer, judge, now).await? {
+        let caller = match self.identity(bearer(headers)?, peer, method.path == CHECK, judge, now).await? {
             Identity::Good(caller) => caller,
             Identity::Refused(known) => {
                 *who = known;
@@ -553,18 +556,22 @@ impl Gate {
         Ok(Some(Call { caller, now, deadline: Deadline::new(Stopwatch::start(), self.limits.deadline_max) }))
     }
 
-    async fn identity(&self, presented: Option<&[u8]>, peer: &Peer, judge: Judge, now: Time) -> Result<Identity, Error> {
-        let address = Some(peer.address.ip().to_canonical());
+    /// Whom a call comes from. A gateway is asked for no credentials if its address is known.
+    async fn identity(&self, presented: Option<&[u8]>, peer: &Peer, is_gateway: bool, judge: Judge, now: Time) -> Result<Identity, Error> {
+        let address = peer.address.ip().to_canonical();
         match (presented, &peer.certificate) {
-            (Some(text), _) => self.api.validator.identify(text, address, judge == Judge::BeforeTheMessage, now).await,
+            (Some(text), _) => self.api.validator.identify(text, Some(address), judge == Judge::BeforeTheMessage, now).await,
             (None, Some(certificate)) => self.api.validator.identify_certificate(certificate).await,
+            (None, None) if is_gateway && self.gateway_peers.iter().any(|range| range.contains(&address)) => {
+                Ok(Identity::Good(Caller::gateway(address)))
+            }
             (None, None) => Err(Error::Unauthenticated(CREDENTIALS_MISSING)),
         }
     }
 
     /// As [`Gate::identify`], by what was presented elsewhere than in `authorization`.
-    pub(super) async fn identify_presented(&self, presented: Option<&[u8]>, access: Access, peer: &Peer) -> Result<Caller, Error> {
-        match self.identity(presented, peer, Judge::WithTheMessage, self.now()).await? {
+    pub(super) async fn identify_presented(&self, presented: Option<&[u8]>, access: Access, is_gateway: bool, peer: &Peer) -> Result<Caller, Error> {
+        match self.identity(presented, peer, is_gateway, Judge::WithTheMessage, self.now()).await? {
             Identity::Good(caller) => caller.authorize(access).map(|()| caller),
             Identity::Refused(_) => Err(Error::Unauthenticated(CREDENTIALS_REFUSED)),
         }

@@ -65,7 +65,7 @@ impl Gate {
     }
 
     async fn decided(&self, headers: &HeaderMap, settings: &[(Cow<'_, str>, Cow<'_, str>)], peer: &Peer) -> Answer {
-        let caller = match self.gateway(headers, HeaderName::from_static(GATEWAY), peer).await {
+        let caller = match self.gateway(headers, HeaderName::from_static(GATEWAY), true, peer).await {
             Ok(caller) => caller,
             Err(error) => return foreign(&error),
         };
@@ -98,7 +98,7 @@ impl Gate {
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let caller = match self.gateway(headers, AUTHORIZATION, peer).await {
+        let caller = match self.gateway(headers, AUTHORIZATION, false, peer).await {
             Ok(caller) => caller,
             Err(error @ (Error::Unavailable(_) | Error::Overloaded(_) | Error::Internal(_))) => return outage(&error),
             Err(Error::Denied(_)) => return oauth(StatusCode::FORBIDDEN, "insufficient_scope", "the caller needs keyward:validate"),
@@ -133,14 +133,14 @@ impl Gate {
     }
 
     /// The gateway that asks.
-    async fn gateway(&self, headers: &HeaderMap, name: HeaderName, peer: &Peer) -> Result<Caller, Error> {
+    async fn gateway(&self, headers: &HeaderMap, name: HeaderName, is_gateway: bool, peer: &Peer) -> Result<Caller, Error> {
         let mut values = headers.get_all(name).iter();
         let presented = match (values.next(), values.next()) {
             (None, _) => None,
             (Some(value), None) => Some(own_token(value).ok_or(Error::Unauthenticated("the gateway's credentials are no bearer token"))?),
             (Some(_), Some(_)) => return Err(Error::Unauthenticated("the gateway's credentials are there more than once")),
         };
-        self.identify_presented(presented.as_deref(), Access::Validate, peer).await
+        self.identify_presented(presented.as_deref(), Access::Validate, is_gateway, peer).await
     }
 }
 
