@@ -54,7 +54,12 @@ const fn setting(name: &'static str, value: &'static str, default: &'static str,
 /// All of them.
 pub const SETTINGS: [Setting; 28] = [
     setting("listen", "ADDRESS:PORT", "127.0.0.1:50051", "Where gRPC is served"),
-    setting("http_listen", "ADDRESS:PORT|off", "127.0.0.1:8080", "Where gateways ask by HTTP: /v1/authorize, /oauth2/introspect, /healthz, /readyz"),
+    setting(
+        "http_listen",
+        "ADDRESS:PORT|off",
+        "127.0.0.1:8080",
+        "Where gateways ask by HTTP: /v1/authorize, /oauth2/introspect, /healthz, /readyz",
+    ),
     setting(
         "gateway_peers",
         "CIDR…",

@@ -267,6 +267,12 @@ impl TokenId {
         unique(now).map(Self)
     }
 
+    /// When it was made, to the millisecond.
+    #[must_use]
+    pub fn create_time(self) -> Time {
+        Time::from_micros(i64::try_from((self.0 >> 80) * 1_000).unwrap_or(i64::MAX))
+    }
+
     /// Which of `count` places it falls into, 65,536 at most, by its random part.
     #[must_use]
     pub fn shard(self, count: usize) -> usize {

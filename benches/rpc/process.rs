@@ -161,7 +161,14 @@ impl Keyward {
         let (port, metrics) = (free_port(), free_port());
         let mut command = pinned(settings.cores, env!("CARGO_BIN_EXE_keyward"));
         command.args(["serve", "--workers", &settings.workers.to_string()]).args(CACHE).args(&settings.more);
-        command.args(["--listen", &format!("127.0.0.1:{port}"), "--http-listen", "off", "--metrics-listen", &format!("127.0.0.1:{metrics}")]);
+        command.args([
+            "--listen",
+            &format!("127.0.0.1:{port}"),
+            "--http-listen",
+            "off",
+            "--metrics-listen",
+            &format!("127.0.0.1:{metrics}"),
+        ]);
         command.arg("--data-dir").arg(folder.join("data")).arg("--root-token-file").arg(folder.join("root"));
         Self { server: Server::start(command, port, &folder.join("log")), metrics }
     }

@@ -209,7 +209,8 @@ mod tests {
             ("x-keyward-anything", "1"),
             ("x-keyword", "1"),
         ];
-        let identity = Identity { token_id: "tok".to_owned(), principal: "alice".to_owned(), workspace: "w".to_owned(), scopes: String::new() };
+        let identity =
+            Identity { token_id: "tok".to_owned(), principal: "alice".to_owned(), workspace: "w".to_owned(), scopes: String::new() };
         for raw in [false, true] {
             for strip in ["true", "false"] {
                 let request = request(&spoofed, raw, &[("strip_token", strip)]);

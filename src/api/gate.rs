@@ -224,10 +224,10 @@ impl http_body::Body for Counted {
     }
 }
 
-/// What calls are counted under: the methods in their order, and behind them what is none.
+/// What calls are counted under: the methods in their order, what is none, and what is asked by HTTP.
 #[must_use]
 pub fn counted_names() -> Vec<&'static str> {
-    METHODS.iter().map(|method| method.path).chain([UNKNOWN_METHOD]).collect()
+    METHODS.iter().map(|method| method.path).chain([UNKNOWN_METHOD]).chain(super::http::COUNTED).collect()
 }
 
 /// How much may be under way at once, and for how long.
@@ -570,15 +570,17 @@ impl Gate {
     }
 
     /// As [`Gate::identify`], by what was presented elsewhere than in `authorization`.
-    pub(super) async fn identify_presented(&self, presented: Option<&[u8]>, access: Access, is_gateway: bool, peer: &Peer) -> Result<Caller, Error> {
-        match self.identity(presented, peer, is_gateway, Judge::WithTheMessage, self.now()).await? {
+    pub(super) async fn identify_presented(
+        &self,
+        presented: Option<&[u8]>,
+        access: Access,
+        is_gateway: bool,
+        peer: &Peer,
+    ) -> Result<Caller, Error> {
+        match self.identity(presented, peer, is_gateway, Judge::WithTheMessage, self.clock.now()).await? {
             Identity::Good(caller) => caller.authorize(access).map(|()| caller),
             Identity::Refused(_) => Err(Error::Unauthenticated(CREDENTIALS_REFUSED)),
         }
-    }
-
-    pub(super) fn now(&self) -> Time {
-        self.clock.now()
     }
 
     pub(super) async fn route<B>(&self, request: Request<B>) -> Response<Body>

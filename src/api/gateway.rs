@@ -140,7 +140,7 @@ pub(super) struct Inquiry<'a> {
     pub(super) client_ip: Option<IpAddr>,
 }
 
-impl<'a> Inquiry<'a> {
+impl Inquiry<'_> {
     /// As the validator takes it, from a gateway that may ask about the tokens of this workspace; nothing: of every one.
     pub(super) fn question<'b>(&'b self, reach: Option<&'b str>) -> Result<Question<'b>, Refusal> {
         let text = match self.presented {

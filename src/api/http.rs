@@ -12,26 +12,40 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode,
-    header::{ALLOW, AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE},
+    header::{ALLOW, AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, IntoHeaderName, RETRY_AFTER, WWW_AUTHENTICATE},
 };
 use http_body_util::{BodyExt as _, Full, Limited};
 use serde_json::json;
 use tokio::time::timeout;
+use tonic::{Code, Status};
+use url::form_urlencoded;
 
-use super::gate::{self, Gate, MESSAGE_TIMEOUT, Peer};
-use super::gateway::{self, Decision, Identity, Inquiry, Presented, Refusal, Route};
+use super::{
+    gate::{self, Gate, MESSAGE_TIMEOUT, METHODS, Peer, Plane},
+    gateway::{self, Decision, Identity, Inquiry, Presented, Refusal, Route},
+    status,
+};
 use crate::{
+    ambient::Stopwatch,
     caller::{Access, Caller},
     error::Error,
-    grant::{Derived, Grant, Need, Verdict},
+    grant::{Grant, Need, Verdict},
     validator::{HttpRequest, Judgement, Question},
 };
 
 /// The gateway's own credentials: those of `authorization` are the client's.
-const GATEWAY: &str = "x-keyward-authorization";
+const GATEWAY: HeaderName = HeaderName::from_static("x-keyward-authorization");
+/// A setting of the query: refusals are 401 and 403 only.
+const ONLY_401_403: &str = "only_401_403";
 const FORM_BYTES_MAX: usize = 64 * 1024;
+const GRPC: &str = "application/grpc";
 const FORM: &str = "application/x-www-form-urlencoded";
 const RETRY: Duration = Duration::from_secs(1);
+
+/// Under what calls are counted, behind the methods of gRPC.
+pub(super) const COUNTED: [&str; 2] = [AUTHORIZE, INTROSPECT];
+const AUTHORIZE: &str = "/v1/authorize";
+const INTROSPECT: &str = "/oauth2/introspect";
 
 type Answer = Response<Full<Bytes>>;
 
@@ -42,106 +56,114 @@ impl Gate {
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
+        let watch = Stopwatch::start();
         let _active = self.begin();
         let (head, body) = request.into_parts();
         let work = async {
-            match head.uri.path() {
-                "/healthz" => text(StatusCode::OK, "the process lives\n"),
-                "/readyz" if is_ready => text(StatusCode::OK, "questions are answered\n"),
-                "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "questions cannot be answered now\n"),
-                "/v1/authorize" => self.authorize(&head.headers, head.uri.query().unwrap_or_default(), &peer).await,
-                "/oauth2/introspect" if head.method == Method::POST => self.introspect(&head.headers, body, &peer).await,
-                "/oauth2/introspect" => with(text(StatusCode::METHOD_NOT_ALLOWED, "POST a form\n"), ALLOW, "POST"),
-                _ => text(StatusCode::NOT_FOUND, "there are /v1/authorize, /oauth2/introspect, /healthz and /readyz\n"),
+            match (head.uri.path(), &head.method) {
+                ("/healthz", _) => Ok(text(StatusCode::OK, "the process lives\n")),
+                ("/readyz", _) if is_ready => Ok(text(StatusCode::OK, "questions are answered\n")),
+                ("/readyz", _) => Ok(text(StatusCode::SERVICE_UNAVAILABLE, "questions cannot be answered now\n")),
+                (AUTHORIZE, _) => self.authorize(&head.headers, head.uri.query().unwrap_or_default(), &peer).await,
+                (INTROSPECT, &Method::POST) => self.introspect(&head.headers, body, &peer).await,
+                (INTROSPECT, _) => Ok(with(text(StatusCode::METHOD_NOT_ALLOWED, "POST a form\n"), ALLOW, "POST")),
+                _ => Ok(text(StatusCode::NOT_FOUND, "there are /v1/authorize, /oauth2/introspect, /healthz and /readyz\n")),
             }
         };
-        timeout(self.limits.deadline_max, work).await.unwrap_or_else(|_| outage(&Error::Unavailable("the call took too long".into())))
-    }
-
-    async fn authorize(&self, headers: &HeaderMap, query: &str, peer: &Peer) -> Answer {
-        let (plain, settings): (Vec<_>, Vec<_>) = url::form_urlencoded::parse(query.as_bytes()).partition(|(name, _)| name == "only_401_403");
-        let answer = self.decided(headers, &settings, peer).await;
-        if plain.iter().any(|(_, value)| value == "true") { narrowed(answer) } else { answer }
-    }
-
-    async fn decided(&self, headers: &HeaderMap, settings: &[(Cow<'_, str>, Cow<'_, str>)], peer: &Peer) -> Answer {
-        let caller = match self.gateway(headers, HeaderName::from_static(GATEWAY), true, peer).await {
-            Ok(caller) => caller,
-            Err(error) => return foreign(&error),
-        };
-        let inquiry = match inquiry(headers, settings) {
-            Ok(inquiry) => inquiry,
-            Err(refusal) => return refused(&refusal),
-        };
-        let question = match inquiry.question(caller.validation_reach()) {
-            Ok(question) => question,
-            Err(refusal) => return refused(&refusal),
-        };
-        let Ok(_place) = self.places(gate::Plane::Data).try_acquire() else {
-            self.api.metrics.shed();
-            return outage(&Error::Overloaded("too many calls are under way"));
-        };
-        let answer = match self.api.validator.validate(question, self.now()).await {
+        let answered = timeout(self.limits.deadline_max, work).await.unwrap_or_else(|_| Err(status::deadline_exceeded()));
+        let code = answered.as_ref().map_or_else(Status::code, |_| Code::Ok);
+        let answer = match answered {
             Ok(answer) => answer,
-            Err(error) => return outage(&error),
+            Err(status) if head.uri.path() == INTROSPECT => unanswered(&status),
+            Err(status) => undecided(&status),
         };
-        self.api.metrics.verdict(answer.verdict);
-        let judgement = Judgement { verdict: answer.verdict, grant: answer.grant.as_ref(), derived_scope: answer.derived_scope.as_ref() };
-        match gateway::decide(judgement, &question) {
+        let answer = if only_401_403(&head) { narrowed(answer) } else { answer };
+        let answer = if head.uri.path() == AUTHORIZE && is_grpc(&head.headers) { grpc(answer) } else { answer };
+        let place = COUNTED.iter().position(|path| *path == head.uri.path());
+        if let Some(place) = place {
+            self.api.metrics.request(METHODS.len() + 1 + place, usize::try_from(i32::from(code)).unwrap_or_default(), watch.elapsed());
+            tracing::debug!(
+                method = head.uri.path(),
+                status = answer.status().as_u16(),
+                micros = watch.elapsed().as_micros(),
+                peer = %peer.address.ip(),
+                "call"
+            );
+        }
+        answer
+    }
+
+    async fn authorize(&self, headers: &HeaderMap, query: &str, peer: &Peer) -> Result<Answer, Status> {
+        let caller = self.gateway(headers, GATEWAY, true, peer).await?;
+        let settings: Vec<_> = form_urlencoded::parse(query.as_bytes()).filter(|(name, _)| name != ONLY_401_403).collect();
+        let decision = match inquiry(headers, &settings) {
+            Ok(inquiry) => match inquiry.question(caller.validation_reach()) {
+                Ok(question) => self.judge(&question, |judgement| gateway::decide(judgement, &question)).await?,
+                Err(refusal) => Decision::Refuse(refusal),
+            },
+            Err(refusal) => Decision::Refuse(refusal),
+        };
+        Ok(match decision {
             Decision::Pass(identity) => passed(&identity),
             Decision::Refuse(refusal) => refused(&refusal),
-        }
+        })
     }
 
-    async fn introspect<B>(&self, headers: &HeaderMap, body: B, peer: &Peer) -> Answer
+    async fn introspect<B>(&self, headers: &HeaderMap, body: B, peer: &Peer) -> Result<Answer, Status>
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let caller = match self.gateway(headers, AUTHORIZATION, false, peer).await {
-            Ok(caller) => caller,
-            Err(error @ (Error::Unavailable(_) | Error::Overloaded(_) | Error::Internal(_))) => return outage(&error),
-            Err(Error::Denied(_)) => return oauth(StatusCode::FORBIDDEN, "insufficient_scope", "the caller needs keyward:validate"),
-            Err(_) => {
-                let answer = oauth(StatusCode::UNAUTHORIZED, "invalid_client", "the caller's own credentials are missing or not good");
-                return with(answer, WWW_AUTHENTICATE, r#"Bearer realm="keyward", Basic realm="keyward""#);
-            }
-        };
-        let is_form = headers.get(CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(FORM.as_bytes()));
+        let caller = self.gateway(headers, AUTHORIZATION, false, peer).await?;
+        let is_form = headers.get(CONTENT_TYPE).is_some_and(|value| is_form(value.as_bytes()));
         let read = timeout(MESSAGE_TIMEOUT, Limited::new(body, FORM_BYTES_MAX).collect()).await;
-        let Some(form) = read.ok().and_then(Result::ok).map(http_body_util::Collected::to_bytes).filter(|_| is_form) else {
-            return oauth(StatusCode::BAD_REQUEST, "invalid_request", "the body must be a form of at most 64 KiB");
-        };
-        let mut tokens = url::form_urlencoded::parse(&form).filter(|(name, _)| name == "token").map(|(_, value)| value);
+        let form = read.ok().and_then(Result::ok).map(http_body_util::Collected::to_bytes).filter(|_| is_form);
+        let form = form.ok_or_else(|| Error::invalid("body", format!("must be {FORM} of at most {FORM_BYTES_MAX} bytes")))?;
+        let mut tokens = form_urlencoded::parse(&form).filter(|(name, _)| name == "token").map(|(_, value)| value);
         let (Some(token), None) = (tokens.next(), tokens.next()) else {
-            return oauth(StatusCode::BAD_REQUEST, "invalid_request", "token must be there once");
+            return Err(Error::invalid("token", "must be there once").into());
         };
-        let Ok(_place) = self.places(gate::Plane::Data).try_acquire() else {
-            self.api.metrics.shed();
-            return outage(&Error::Overloaded("too many calls are under way"));
-        };
-        let need = Need { workspace: caller.validation_reach(), audience: None, client_ip: None, scopes: &[], derived: Derived::NotAsked };
+        let need = Need { workspace: caller.validation_reach(), ..Need::default() };
         let question = Question { text: token.as_bytes(), need, http: None, peek: false };
-        match self.api.validator.validate(question, self.now()).await {
-            Err(error) => outage(&error),
-            Ok(answer) => {
-                self.api.metrics.verdict(answer.verdict);
-                let good = answer.grant.filter(|_| answer.verdict == Verdict::Valid);
-                json_answer(StatusCode::OK, &good.map_or_else(|| json!({"active": false}), |grant| introspected(&grant)))
-            }
-        }
+        self.judge(&question, |judgement| {
+            let good = judgement.grant.filter(|_| judgement.verdict == Verdict::Valid);
+            json_answer(StatusCode::OK, &good.map_or_else(|| json!({"active": false}), introspected))
+        })
+        .await
     }
 
-    /// The gateway that asks.
+    /// Judges, if there is room for it.
+    async fn judge<T>(&self, question: &Question<'_>, answer: impl FnOnce(Judgement<'_>) -> T) -> Result<T, Status> {
+        let Ok(_place) = self.places(Plane::Data).try_acquire() else {
+            self.api.metrics.shed();
+            return Err(status::overloaded("too many calls are under way; try again".to_owned()));
+        };
+        let judged = self.api.validator.validate(*question, self.clock.now()).await?;
+        self.api.metrics.verdict(judged.verdict);
+        Ok(answer(Judgement { verdict: judged.verdict, grant: judged.grant.as_ref(), derived_scope: judged.derived_scope.as_ref() }))
+    }
+
+    /// Who asks, by the credentials in this header; for a forward-auth also by their address.
     async fn gateway(&self, headers: &HeaderMap, name: HeaderName, is_gateway: bool, peer: &Peer) -> Result<Caller, Error> {
         let mut values = headers.get_all(name).iter();
         let presented = match (values.next(), values.next()) {
             (None, _) => None,
-            (Some(value), None) => Some(own_token(value).ok_or(Error::Unauthenticated("the gateway's credentials are no bearer token"))?),
-            (Some(_), Some(_)) => return Err(Error::Unauthenticated("the gateway's credentials are there more than once")),
+            (Some(value), None) => Some(own_token(value).ok_or(Error::Unauthenticated("the credentials are no bearer token"))?),
+            (Some(_), Some(_)) => return Err(Error::Unauthenticated("the credentials are there more than once")),
         };
         self.identify_presented(presented.as_deref(), Access::Validate, is_gateway, peer).await
     }
+}
+
+fn is_form(content_type: &[u8]) -> bool {
+    let kind = content_type.split(|byte| *byte == b';').next().unwrap_or_default();
+    kind.trim_ascii().eq_ignore_ascii_case(FORM.as_bytes())
+}
+
+/// Whether the gateway takes every other refusal for an error of its own.
+fn only_401_403(head: &http::request::Parts) -> bool {
+    let query = head.uri.query().unwrap_or_default();
+    head.uri.path() == AUTHORIZE && form_urlencoded::parse(query.as_bytes()).any(|(name, value)| name == ONLY_401_403 && value == "true")
 }
 
 /// The token of `Bearer`, or the password of `Basic` (RFC 6749, section 2.3.1).
@@ -160,7 +182,8 @@ fn inquiry<'a>(headers: &'a HeaderMap, settings: &'a [(Cow<'a, str>, Cow<'a, str
     let presented = Presented::of(route.token_header(), headers.get_all(route.token_header()).iter().map(HeaderValue::as_bytes));
     // Of several, the last was put there by the gateway itself.
     let last = |name: &str| headers.get_all(name).iter().next_back().and_then(|value| value.to_str().ok());
-    let client_ip = last(route.client_ip_header.unwrap_or("x-forwarded-for")).and_then(|list| list.rsplit(',').next()?.trim().parse::<IpAddr>().ok());
+    let client_ip =
+        last(route.client_ip_header.unwrap_or("x-forwarded-for")).and_then(|list| list.rsplit(',').next()?.trim().parse::<IpAddr>().ok());
     let method = last("x-forwarded-method").unwrap_or_default();
     let path = last("x-forwarded-uri").unwrap_or_default();
     Ok(Inquiry { route, presented, http: HttpRequest { method, path }, client_ip: client_ip.map(|address| address.to_canonical()) })
@@ -192,23 +215,44 @@ fn refused(refusal: &Refusal) -> Answer {
     }
 }
 
-/// A gateway that is not let in is not the fault of its client, who is told nothing of it.
-fn foreign(error: &Error) -> Answer {
-    if matches!(error, Error::Unavailable(_) | Error::Overloaded(_) | Error::Internal(_)) {
-        return outage(error);
+/// What a client is told if nothing was decided. That a gateway is not let in is no fault of its clients, who are told nothing of it.
+fn undecided(status: &Status) -> Answer {
+    if matches!(status.code(), Code::Unauthenticated | Code::PermissionDenied) {
+        tracing::warn!(reason = status.message(), header = %GATEWAY, "a gateway is not let in, and every request of it is denied");
+        return oauth(StatusCode::INTERNAL_SERVER_ERROR, "server_error", "this cannot be decided");
     }
-    tracing::warn!(%error, header = GATEWAY, "a gateway is not let in, and every request of it is denied");
-    oauth(StatusCode::INTERNAL_SERVER_ERROR, "server_error", "this cannot be decided")
+    outage(status)
 }
 
-/// Nobody can say now whether the request may pass.
-fn outage(error: &Error) -> Answer {
-    let status = if matches!(error, Error::Overloaded(_)) { StatusCode::TOO_MANY_REQUESTS } else { StatusCode::SERVICE_UNAVAILABLE };
-    tracing::debug!(%error, "a gateway's question is not answered");
-    with(oauth(status, "temporarily_unavailable", "this cannot be decided now; try again"), RETRY_AFTER, &RETRY.as_secs().to_string())
+/// What a caller is told who asked about a token and gets no answer (RFC 7662, section 2.3; RFC 6750, section 3.1).
+fn unanswered(status: &Status) -> Answer {
+    match status.code() {
+        Code::Unauthenticated => {
+            let answer = oauth(StatusCode::UNAUTHORIZED, "invalid_client", "the caller's own credentials are missing or not good");
+            let challenge = |scheme: &str| HeaderValue::from_str(&format!(r#"{scheme} realm="keyward""#)).ok();
+            let mut answer = answer;
+            for challenge in ["Bearer", "Basic"].into_iter().filter_map(challenge) {
+                answer.headers_mut().append(WWW_AUTHENTICATE, challenge);
+            }
+            answer
+        }
+        Code::PermissionDenied => {
+            let answer = oauth(StatusCode::FORBIDDEN, "insufficient_scope", "the caller's own token needs the scope keyward:validate");
+            with(answer, WWW_AUTHENTICATE, r#"Bearer realm="keyward", error="insufficient_scope", scope="keyward:validate""#)
+        }
+        Code::InvalidArgument => oauth(StatusCode::BAD_REQUEST, "invalid_request", status.message()),
+        _ => outage(status),
+    }
 }
 
-/// For gateways that take every other status for an error of their own (nginx's auth_request).
+/// Nobody can say now.
+fn outage(status: &Status) -> Answer {
+    let told = if status.code() == Code::ResourceExhausted { StatusCode::TOO_MANY_REQUESTS } else { StatusCode::SERVICE_UNAVAILABLE };
+    let answer = oauth(told, "temporarily_unavailable", "this cannot be decided now; try again");
+    with(answer, RETRY_AFTER, &RETRY.as_secs().to_string())
+}
+
+/// For gateways that take every other status for an error of their own (`auth_request` of nginx).
 fn narrowed(mut answer: Answer) -> Answer {
     match answer.status() {
         StatusCode::OK | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {}
@@ -218,26 +262,41 @@ fn narrowed(mut answer: Answer) -> Answer {
     answer
 }
 
-/// RFC 7662, section 2.2.
+fn is_grpc(headers: &HeaderMap) -> bool {
+    headers.get(CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(GRPC.as_bytes()))
+}
+
+/// A refusal for a client that speaks gRPC, where the gateway passes it on: the status of HTTP closes the door, that of gRPC is for the client.
+fn grpc(mut answer: Answer) -> Answer {
+    let code = match answer.status() {
+        StatusCode::OK => return answer,
+        StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED => Code::Unauthenticated,
+        StatusCode::FORBIDDEN => Code::PermissionDenied,
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => Code::Unavailable,
+        _ => Code::Internal,
+    };
+    *answer.body_mut() = Full::default();
+    let answer = with(answer, CONTENT_TYPE, GRPC);
+    with(answer, Status::GRPC_STATUS, &i32::from(code).to_string())
+}
+
+/// RFC 7662, section 2.2. Times are in seconds since 1970 (RFC 7519, section 2).
 fn introspected(grant: &Grant) -> serde_json::Value {
-    let mut told = json!({
-        "active": true,
-        "scope": grant.scopes().collect::<Vec<_>>().join(" "),
-        "client_id": grant.principal(),
-        "username": grant.principal(),
-        "token_type": "Bearer",
-        "sub": grant.principal(),
-        "iss": format!("urn:keyward:{}", grant.workspace()),
-        "jti": grant.token_id().to_string(),
-    });
-    if let Some(end) = grant.expire_time().to_timestamp() {
-        told["exp"] = json!(end.seconds);
-    }
     let audiences: Vec<&str> = grant.audiences().collect();
-    if !audiences.is_empty() {
-        told["aud"] = json!(audiences);
-    }
-    told
+    let told = [
+        ("active", json!(true)),
+        ("scope", json!(grant.scopes().collect::<Vec<_>>().join(" "))),
+        ("client_id", json!(grant.principal())),
+        ("username", json!(grant.principal())),
+        ("token_type", json!("Bearer")),
+        ("exp", json!(grant.secret_end().to_timestamp().map(|end| end.seconds))),
+        ("iat", json!(grant.token_id().create_time().to_timestamp().map(|begin| begin.seconds))),
+        ("sub", json!(grant.principal())),
+        ("aud", json!(Some(audiences).filter(|audiences| !audiences.is_empty()))),
+        ("iss", json!(format!("urn:keyward:{}", grant.workspace()))),
+        ("jti", json!(grant.token_id().to_string())),
+    ];
+    told.into_iter().filter(|(_, value)| !value.is_null()).collect()
 }
 
 fn oauth(status: StatusCode, error: &str, description: &str) -> Answer {
@@ -257,7 +316,7 @@ fn text(status: StatusCode, body: &'static str) -> Answer {
     with(answer, CACHE_CONTROL, "no-store")
 }
 
-fn with(mut answer: Answer, name: HeaderName, value: &str) -> Answer {
+fn with(mut answer: Answer, name: impl IntoHeaderName, value: &str) -> Answer {
     if let Ok(value) = HeaderValue::from_str(value) {
         answer.headers_mut().insert(name, value);
     }

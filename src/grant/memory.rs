@@ -142,6 +142,12 @@ impl Grant {
         Time::from_micros(i64::from_le_bytes(self.number(EXPIRE_TIME)))
     }
 
+    /// Until when the secret that was presented is good.
+    #[must_use]
+    pub fn secret_end(&self) -> Time {
+        self.expire_time().min(self.secret_expire_time())
+    }
+
     pub(super) fn secret_expire_time(&self) -> Time {
         Time::from_micros(i64::from_le_bytes(self.number(SECRET_EXPIRE_TIME)))
     }

@@ -1,8 +1,18 @@
 //! The port for gateways that ask by HTTP: HTTP/1.1 and HTTP/2, with the certificates of the gRPC port.
 //!
-//! Invariant: who connects and sends no request is gone after [`HEAD_TIMEOUT`] (test `silent_clients_of_http_are_cut`).
+//! Invariant: who connects and sends no request is gone after [`FIRST_HEAD_TIMEOUT`] (test `silent_clients_of_http_are_cut`).
 
-use std::{convert::Infallible, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    future::pending,
+    net::SocketAddr,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use hyper::{Request, body::Incoming, service::service_fn};
 use hyper_util::{
@@ -25,8 +35,11 @@ use crate::{
 /// Open connections.
 const CONNECTIONS_MAX: usize = 1_024;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// From the connection, or from the answer before it, to the end of the next request's head. Gateways keep connections open for some time.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(75);
+/// From the connection to the end of the first request's head.
+const FIRST_HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// From an answer to the end of the next request's head: longer than gateways keep connections that they do not use (nginx a minute, Traefik 90 seconds, Caddy two minutes), so
+/// that they do not ask on one that is being closed.
+const NEXT_HEAD_TIMEOUT: Duration = Duration::from_secs(150);
 /// How long the calls that are under way at the drain may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Of a request's head: gateways pass on what their clients send.
@@ -83,10 +96,17 @@ impl HttpPort {
         }
     }
 
-    async fn drive(&self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, address: SocketAddr, certificate: Option<Arc<Caller>>) {
+    async fn drive(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        address: SocketAddr,
+        certificate: Option<Arc<Caller>>,
+    ) {
         let (_open, closing) = watch::channel(false);
         let peer = Arc::new(Peer { address, certificate, closing: Arc::new(closing) });
+        let has_asked = AtomicBool::new(false);
         let service = service_fn(|request: Request<Incoming>| {
+            has_asked.store(true, Ordering::Relaxed);
             let is_ready = *self.able.borrow() && *self.phase.borrow() == Phase::Serving;
             let answer = Arc::clone(&self.gate).serve_http(request, Arc::clone(&peer), is_ready);
             async move { Ok::<_, Infallible>(answer.await) }
@@ -94,7 +114,14 @@ impl HttpPort {
         let builder = http();
         let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
         let mut phase = self.phase.clone();
+        let silence = async {
+            sleep(FIRST_HEAD_TIMEOUT).await;
+            if has_asked.load(Ordering::Relaxed) {
+                pending::<()>().await;
+            }
+        };
         let is_closed = tokio::select! {
+            () = silence => true,
             // Whoever breaks the protocol is no concern of ours.
             _broken = connection.as_mut() => true,
             _ = phase.wait_for(|phase| *phase != Phase::Serving) => false,
@@ -108,7 +135,7 @@ impl HttpPort {
 
 fn http() -> auto::Builder<TokioExecutor> {
     let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEADER_BYTES_MAX);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(NEXT_HEAD_TIMEOUT).max_buf_size(HEADER_BYTES_MAX);
     builder
         .http2()
         .timer(TokioTimer::new())

@@ -122,7 +122,8 @@ fn build(settings: &Tls, files: &[Vec<u8>]) -> Result<(Arc<ServerConfig>, Arc<Se
         config.send_tls13_tickets = 0;
     }
     config.alpn_protocols = vec![b"h2".to_vec()];
-    let http = ServerConfig { alpn_protocols: vec![b"h2".to_vec(), b"http/1.1".to_vec()], ..config.clone() };
+    let mut http = config.clone();
+    http.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok((Arc::new(config), Arc::new(http)))
 }
 

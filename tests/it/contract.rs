@@ -9,7 +9,11 @@ use std::{
 };
 
 use bytes::{Buf as _, BufMut as _, Bytes};
-use keyward::{api::gate::METHODS, caller::Access, proto};
+use keyward::{
+    api::gate::METHODS,
+    caller::Access,
+    proto::{self, envoy::CheckResponse},
+};
 use prost_reflect::{DescriptorPool, DynamicMessage, FieldDescriptor, MessageDescriptor, ReflectMessage as _, Value, prost::Message as _};
 use tonic::{
     Code, Status,
@@ -18,7 +22,7 @@ use tonic::{
 use tonic_types::StatusExt as _;
 
 use crate::{
-    outlets,
+    gateways, outlets,
     world::{Actor, World, eventually},
 };
 
@@ -184,6 +188,11 @@ impl Subject {
 
     /// A good request of this type about this token.
     fn request(&self, descriptor: MessageDescriptor) -> Bytes {
+        if descriptor.full_name() == "envoy.service.auth.v3.CheckRequest" {
+            return gateways::check_request(&[("authorization", &format!("Bearer {}", self.secret))], &[("required_scopes", "")])
+                .encode_to_vec()
+                .into();
+        }
         Bytes::from(self.message(descriptor).encode_to_vec())
     }
 
@@ -321,6 +330,7 @@ fn expected(path: &str, access: Access, scopes: Option<&[&str]>, workspace: &str
     let method = path.rsplit('/').next().unwrap_or_default();
     // Methods about the caller and the data plane name no workspace (the latter answers with a verdict), and a list of workspaces has none.
     let about_a_workspace = !path.contains("ValidationService")
+        && !path.contains("Authorization")
         && !matches!(method, "ListWorkspaces" | "CreateWorkspace")
         && (!path.contains("SelfService") || method == "EndSession");
     if !opens(scopes, access) {
@@ -346,6 +356,8 @@ fn check_verdicts(path: &str, answer: &Bytes, scopes: &[&str], workspace: &str) 
             answer.verdict()
         }
         Some("BatchValidateTokens") => proto::BatchValidateTokensResponse::decode(answer.clone()).expect("answers").responses[0].verdict(),
+        Some("Check") if gateways::http_status(&CheckResponse::decode(answer.clone()).expect("an answer")) == 200 => proto::Verdict::Valid,
+        Some("Check") => proto::Verdict::Unknown,
         _ => return,
     };
     let sees = workspace == "default" || scopes.contains(&"keyward:root") || scopes.contains(&"keyward:validate-any");

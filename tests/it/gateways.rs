@@ -3,8 +3,8 @@
 use keyward::proto::{
     self,
     envoy::{
-        Address, AttributeContext, CheckRequest, CheckResponse, SocketAddress, address, attribute_context, authorization_client::AuthorizationClient,
-        check_response::HttpResponse,
+        Address, AttributeContext, CheckRequest, CheckResponse, SocketAddress, address, attribute_context,
+        authorization_client::AuthorizationClient, check_response::HttpResponse,
     },
 };
 use reqwest::{Client, Response, StatusCode, header::HeaderMap};
@@ -23,7 +23,7 @@ crate::on_both_databases!(
 );
 
 /// A request that waits at an Envoy.
-async fn check(gateway: &Actor, headers: &[(&str, &str)], settings: &[(&str, &str)]) -> Result<CheckResponse, Status> {
+pub fn check_request(headers: &[(&str, &str)], settings: &[(&str, &str)]) -> CheckRequest {
     let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
     let http = attribute_context::HttpRequest {
         method: "GET".to_owned(),
@@ -37,12 +37,16 @@ async fn check(gateway: &Actor, headers: &[(&str, &str)], settings: &[(&str, &st
         request: Some(attribute_context::Request { http: Some(http) }),
         context_extensions: settings.iter().map(owned).collect(),
     };
-    let request = gateway.request(CheckRequest { attributes: Some(attributes) });
+    CheckRequest { attributes: Some(attributes) }
+}
+
+async fn check(gateway: &Actor, headers: &[(&str, &str)], settings: &[(&str, &str)]) -> Result<CheckResponse, Status> {
+    let request = gateway.request(check_request(headers, settings));
     AuthorizationClient::new(gateway.channel.clone()).check(request).await.map(tonic::Response::into_inner)
 }
 
 /// The status of HTTP that the client gets; 200: the request passes.
-fn http_status(answer: &CheckResponse) -> i32 {
+pub fn http_status(answer: &CheckResponse) -> i32 {
     let code = answer.status.as_ref().expect("a status").code;
     match answer.http_response.as_ref().expect("what becomes of it") {
         HttpResponse::OkResponse(_) => {
@@ -217,7 +221,10 @@ async fn introspection_tells_of_active_tokens_only(world: World) {
     let (status, headers, told) = gateway.introspect(&own, &form).await;
     assert_eq!((status.as_u16(), headers["cache-control"].to_str().expect("text")), (200, "no-store"));
     assert_eq!(told["active"], true);
-    assert_eq!((told["scope"].as_str(), told["sub"].as_str(), told["jti"].as_str()), (Some("orders:read"), Some("alice"), Some(&*token.id)));
+    assert_eq!(
+        (told["scope"].as_str(), told["sub"].as_str(), told["jti"].as_str()),
+        (Some("orders:read"), Some("alice"), Some(&*token.id))
+    );
     assert_eq!((told["aud"][0].as_str(), told["exp"].as_i64()), (Some("shop"), token.expire_time.map(|end| end.seconds)));
     let basic = format!("Basic {}", base64::Engine::encode(&base64::engine::general_purpose::STANDARD, format!("gateway:{validator}")));
     assert_eq!(gateway.introspect(&basic, &form).await.2["active"], true);
@@ -233,7 +240,7 @@ async fn introspection_tells_of_active_tokens_only(world: World) {
         let (found, headers, told) = gateway.introspect(credentials, form).await;
         assert_eq!(found.as_u16(), status, "{credentials} {form}");
         assert!(told["error"].is_string() && told.get("active").is_none());
-        assert_eq!(headers.contains_key("www-authenticate"), status == 401);
+        assert_eq!(headers.contains_key("www-authenticate"), matches!(status, 401 | 403));
     }
     world.admin().await.revoke(&token.id).await.expect("revoked");
     assert_eq!(gateway.introspect(&own, &form).await.2, nothing, "and nothing more");

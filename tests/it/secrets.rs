@@ -57,7 +57,9 @@ async fn search(backend: Backend) {
         let log = fs::OpenOptions::new().create(true).append(true).open(folder.path().join("log")).expect("writable");
         let mut command = keyward();
         command.args(["serve", "--log", "trace", "--log-format", format, "--listen", &format!("127.0.0.1:{port}")]);
-        command.args(["--http-listen", "off", "--metrics-listen", &format!("127.0.0.1:{metrics}"), "--data-dir"]).arg(folder.path().join("data"));
+        command
+            .args(["--http-listen", "off", "--metrics-listen", &format!("127.0.0.1:{metrics}"), "--data-dir"])
+            .arg(folder.path().join("data"));
         command.arg("--root-token-file").arg(folder.path().join("root"));
         command.args(["--notices-interval", "1s", "--webhook-allowed-cidrs", "127.0.0.1/32"]);
         if let Some(mailbox) = &mailbox {

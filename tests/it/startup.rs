@@ -76,9 +76,12 @@ fn addresses_and_certificates_are_checked_first() {
     let data = folder.path().join("data");
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let taken = taken.local_addr().expect("an address").to_string();
-    let (code, said) = refusal(keyward().args(["serve", "--listen", &taken, "--http-listen", "off", "--metrics-listen", "off", "--data-dir"]).arg(&data));
+    let (code, said) =
+        refusal(keyward().args(["serve", "--listen", &taken, "--http-listen", "off", "--metrics-listen", "off", "--data-dir"]).arg(&data));
     assert!(code == 1 && said.contains(&taken) && said.contains("--listen"), "{code} {said}");
-    let (code, said) = refusal(keyward().args(["serve", "--listen", "0.0.0.0:0", "--http-listen", "off", "--metrics-listen", "off", "--data-dir"]).arg(&data));
+    let (code, said) = refusal(
+        keyward().args(["serve", "--listen", "0.0.0.0:0", "--http-listen", "off", "--metrics-listen", "off", "--data-dir"]).arg(&data),
+    );
     assert!(code == 2 && said.contains("--insecure"), "{code} {said}");
     let pair = |name: &str| {
         let key = rcgen::KeyPair::generate().expect("a key");

@@ -1,0 +1,58 @@
+-- Asks Keyward whether a request may pass, for HAProxy 2.6 or newer: `http-request lua.keyward "http://…/v1/authorize?…"`.
+--
+-- It asks with HEAD, so Keyward's answer has no body. Whatever is not 200 ends the request with that status; no answer within the second is 503.
+local own = "Bearer " .. (os.getenv("KEYWARD_TOKEN") or "")
+local identity = { "x-keyward-token-id", "x-keyward-principal", "x-keyward-workspace", "x-keyward-scopes" }
+local passed_on = { "www-authenticate", "retry-after", "cache-control" }
+local timeout_ms = 1000
+
+-- All values of a header, from 1.
+local function values(headers, name)
+    local found, index = {}, 0
+    while headers[name] and headers[name][index] do
+        found[#found + 1] = headers[name][index]
+        index = index + 1
+    end
+    return found
+end
+
+-- Not what the client claims about who it is: x_keyward_principal would pass for x-keyward-principal at upstreams that make variables of headers.
+local function forget_claims(txn)
+    for name in pairs(txn.http:req_get_headers()) do
+        if name:lower():gsub("_", "-"):find("x-keyward-", 1, true) == 1 then
+            txn.http:req_del_header(name)
+        end
+    end
+end
+
+local function deny(txn, status, headers)
+    local reply = txn:reply({ status = status })
+    for _, name in ipairs(passed_on) do
+        for _, value in ipairs(values(headers, name)) do
+            reply:add_header(name, value)
+        end
+    end
+    txn:done(reply)
+end
+
+core.register_action("keyward", { "http-req" }, function(txn, url)
+    forget_claims(txn)
+    local asked = {
+        ["x-keyward-authorization"] = { own },
+        ["x-forwarded-method"] = { txn.sf:method() },
+        ["x-forwarded-uri"] = { txn.sf:pathq() },
+        ["x-forwarded-for"] = { txn.sf:src() },
+    }
+    local presented = values(txn.http:req_get_headers(), "authorization")
+    if #presented > 0 then
+        asked["authorization"] = presented
+    end
+    local answer = core.httpclient():head({ url = url, headers = asked, timeout = timeout_ms })
+    if not answer or answer.status ~= 200 then
+        local told = answer and answer.status or 0
+        return deny(txn, told >= 400 and told or 503, answer and answer.headers or {})
+    end
+    for _, name in ipairs(identity) do
+        txn.http:req_set_header(name, values(answer.headers, name)[1] or "")
+    end
+end, 1)
