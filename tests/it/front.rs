@@ -94,15 +94,16 @@ pub struct Front {
 impl Front {
     /// Starts it as the files say.
     pub async fn start(program: Program) -> Self {
-        Self::start_with(program, false).await
+        Self::start_with(program, &[]).await
     }
 
     /// As [`Front::start`]; what a request needs is said by the workspace's routes.
     pub async fn start_by_routes(program: Program) -> Self {
-        Self::start_with(program, true).await
+        Self::start_with(program, &[(program.scope_setting(), "")]).await
     }
 
-    async fn start_with(program: Program, by_routes: bool) -> Self {
+    /// As [`Front::start`], with other settings in the place of some.
+    pub async fn start_with(program: Program, settings: &[(&str, &str)]) -> Self {
         let mut world = World::unstarted(world::Backend::Sqlite).await;
         if program == Program::Traefik {
             world.settings.insert("gateway_peers", "127.0.0.1/32".to_owned());
@@ -116,7 +117,7 @@ impl Front {
         let port = free_port();
         let ports =
             [("10000", port), ("50051", to_keyward.port), ("8080", to_keyward.port), ("9000", upstream.port), ("9901", free_port())];
-        write_files(program, folder.path(), &ports, &token, by_routes);
+        write_files(program, folder.path(), &ports, &token, settings);
         let log = File::create(folder.path().join("log")).expect("a log");
         let mut command = Command::new(program.path().expect("it is here"));
         command.args(program.arguments(folder.path())).current_dir(folder.path()).env("KEYWARD_TOKEN", &token).env("HOME", folder.path());
@@ -162,7 +163,8 @@ impl Drop for Front {
     }
 }
 
-fn write_files(program: Program, folder: &Path, ports: &[(&str, u16)], token: &str, by_routes: bool) {
+fn write_files(program: Program, folder: &Path, ports: &[(&str, u16)], token: &str, settings: &[(&str, &str)]) {
+    let mut replaced = 0;
     for name in program.files() {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/gateways").join(name);
         let mut text = fs::read_to_string(source).expect("a file of deploy/gateways").replace("GATEWAY_TOKEN", token);
@@ -171,11 +173,13 @@ fn write_files(program: Program, folder: &Path, ports: &[(&str, u16)], token: &s
             text = text.replace(&format!("port_value: {usual}"), &format!("port_value: {port}"));
             text = text.replace(&format!(":{usual} {{"), &format!(":{port} {{"));
         }
-        if by_routes {
-            text = text.replace(program.scope_setting(), "");
+        for (usual, other) in settings {
+            replaced += text.matches(usual).count();
+            text = text.replace(usual, other);
         }
         fs::write(folder.join(name), text).expect("written");
     }
+    assert_eq!(replaced, settings.len(), "each setting stands in one place: {settings:?}");
 }
 
 /// A port that nobody had a moment ago.

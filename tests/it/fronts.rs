@@ -200,6 +200,56 @@ async fn what_clients_claim_is_not_believed(program: Program) {
     assert_eq!(identity(&front.one("a wildcard")), [bare.as_str(), "alice", "default", "orders:*"]);
 }
 
+#[test]
+fn envoy_is_understood_in_both_encodings() {
+    run(Program::Envoy, async |program| {
+        let settings = ["required_scopes: orders:read", "token_header: x-api-key", "strip_token: \"true\"", "client_ip_header: x-client"];
+        let settings = settings.join("\n                              ");
+        // What Envoy does against these names is switched off: Keyward has them removed.
+        let mut changes = vec![
+            ("required_scopes: orders:read", settings.as_str()),
+            ("headers_with_underscores_action: DROP_HEADER", "headers_with_underscores_action: ALLOW"),
+        ];
+        for raw in [false, true] {
+            if raw {
+                changes.push(("failure_mode_allow: false", "failure_mode_allow: false\n                      encode_raw_headers: true"));
+            }
+            let front = Front::start_with(program, &changes).await;
+            let (id, good) = issue(&front, |request| request.allowed_cidrs = vec!["192.0.2.0/24".to_owned()]).await;
+            let (other, key) = (good.clone(), good.replace("authorization: Bearer ", "X-Api-Key: "));
+            let spoofed =
+                ["x_keyward_principal: root", "X-Keyward_Scopes: *", "x-keyward-workspace: spoofed", "x-keyward-authorization: x"];
+            let mut lines = vec![key.as_str(), "x-client: 198.51.100.1, 192.0.2.7"];
+            lines.extend(spoofed);
+            let answer = front.get("/", &lines).await;
+            assert_eq!(answer.status, 200, "raw: {raw}: {answer:?}\n{}", front.log());
+            let seen = front.one("an API key");
+            assert_eq!(identity(&seen), [id.as_str(), "alice", "default", "orders:read"], "raw: {raw}");
+            assert!(
+                seen.headers.iter().all(|(name, _)| IDENTITY.contains(&name.as_str()) || !as_variable(name).starts_with("x-keyward-")),
+                "{seen:?}"
+            );
+            assert!(seen.values("x-api-key").is_empty(), "the token stays here");
+            for (lines, status) in [
+                (vec![key.as_str(), "x-client: 192.0.2.7, 198.51.100.1"], 401),
+                (vec![&key, "x-client: nowhere"], 401),
+                (vec![&key], 401),
+                (vec!["x-client: 192.0.2.7"], 401),
+                (vec![&other, "x-client: 192.0.2.7"], 401),
+                (vec![&key, &key, "x-client: 192.0.2.7"], 400),
+                (vec!["x-api-key: a b", "x-client: 192.0.2.7"], 400),
+            ] {
+                let answer = front.get("/", &lines).await;
+                assert_eq!(answer.status, status, "raw: {raw}: {lines:?}: {answer:?}");
+                front.nothing_came("a bad one");
+            }
+            let logged = format!("GET / 200 verdict=VERDICT_VALID token={id} principal=alice");
+            eventually("the access log says who came", async || front.log().contains(&logged).then_some(())).await;
+            assert!(front.log().contains("401 verdict=VERDICT_IP_NOT_ALLOWED"), "{}", front.log());
+        }
+    });
+}
+
 /// What an upstream may take a path for: decoded again and again, with either slash, without `;…`, `.` and `..`, in small letters.
 fn resolved(path: &str) -> String {
     let mut text = path.split(['?', '#']).next().unwrap_or_default().to_owned();

@@ -1,5 +1,10 @@
 //! Gateways, asked for by hand: what Envoy's external authorization, forward-auth and introspection are answered.
 
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
 use keyward::proto::{
     self,
     envoy::{
@@ -8,10 +13,23 @@ use keyward::proto::{
     },
 };
 use reqwest::{Client, Response, StatusCode, header::HeaderMap};
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+};
 use serde_json::Value;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    time::timeout,
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::{Code, Status};
 
-use crate::world::{Actor, World};
+use crate::{
+    tls::{Authority, secured},
+    world::{Actor, World},
+};
 
 crate::on_both_databases!(
     envoy_hears_who_comes_and_who_may_not,
@@ -20,6 +38,9 @@ crate::on_both_databases!(
     a_gateway_that_is_not_known_is_told_nothing,
     introspection_tells_of_active_tokens_only,
     load_balancers_are_told_whether_questions_are_answered,
+    addresses_of_gateways_stand_for_credentials,
+    certificates_of_gateways_stand_for_credentials,
+    silent_clients_of_http_are_cut,
 );
 
 /// A request that waits at an Envoy.
@@ -251,5 +272,108 @@ async fn load_balancers_are_told_whether_questions_are_answered(world: World) {
     for (path, status) in [("/healthz", 200), ("/readyz", 200), ("/", 404), ("/oauth2/introspect", 405)] {
         let answer = gateway.client.get(format!("{}{path}", gateway.base)).send().await.expect("an answer");
         assert_eq!(answer.status().as_u16(), status, "{path}");
+    }
+}
+
+async fn addresses_of_gateways_stand_for_credentials(mut world: World) {
+    let (_, secret) = orders(&world).await;
+    let bearer = format!("Bearer {secret}");
+    let headers = [("authorization", bearer.as_str())];
+    let settings = [("required_scopes", "orders:read")];
+    for (peers, known) in [("192.0.2.0/24", false), ("192.0.2.0/24, 127.0.0.0/8", true)] {
+        world.settings.insert("gateway_peers", peers.to_owned());
+        world.restart().await;
+        let stranger = world.stranger().await;
+        let told = check(&stranger, &headers, &settings).await;
+        assert_eq!(told.as_ref().map_or_else(Status::code, |_| Code::Ok), if known { Code::Ok } else { Code::Unauthenticated }, "{peers}");
+        assert!(told.is_err() || http_status(&told.expect("an answer")) == 200);
+        let gateway = Gateway::new(&world, None);
+        let status = gateway.authorize("required_scopes=orders:read", &headers).await.status().as_u16();
+        assert_eq!(status, if known { 200 } else { 500 }, "{peers}");
+        // It stands for the credentials of a gateway only: for nothing else, and not for bad ones.
+        let form = format!("token={secret}");
+        assert_eq!(gateway.introspect("", &form).await.0.as_u16(), 401, "{peers}");
+        let question = stranger.request(proto::ValidateTokenRequest { token: secret.clone(), ..Default::default() });
+        let asked = proto::validation_service_client::ValidationServiceClient::new(stranger.channel.clone()).validate_token(question).await;
+        assert_eq!(asked.expect_err("no credentials").code(), Code::Unauthenticated, "{peers}");
+        let bad = Gateway::new(&world, Some("kw_bad"));
+        assert_eq!(bad.authorize("required_scopes=orders:read", &headers).await.status().as_u16(), 500, "{peers}");
+        assert_eq!(check(&world.bearer("kw_bad").await, &headers, &settings).await.expect_err("bad").code(), Code::Unauthenticated);
+    }
+    assert_eq!(world.metric(r#"keyward_requests_total{method="v1/authorize",code="OK"}"#).await as u64, 1);
+}
+
+/// A connection to the port for HTTP, with what was agreed on.
+async fn secure(world: &World, authority: &Authority, identity: Option<&(String, String)>, protocol: &str) -> TlsStream<TcpStream> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(authority.pem().as_bytes()).expect("a certificate")).expect("a root");
+    let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()));
+    let config = config.with_safe_default_protocol_versions().expect("known").with_root_certificates(roots);
+    let mut config = match identity {
+        None => config.with_no_client_auth(),
+        Some((certificate, key)) => {
+            let certificate = CertificateDer::from_pem_slice(certificate.as_bytes()).expect("a certificate");
+            let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).expect("a key");
+            config.with_client_auth_cert(vec![certificate], key).expect("a key that fits")
+        }
+    };
+    config.alpn_protocols = vec![protocol.as_bytes().to_vec()];
+    let stream = TcpStream::connect(world.server().http_address().expect("HTTP is on")).await.expect("a connection");
+    let stream = TlsConnector::from(Arc::new(config)).connect("localhost".try_into().expect("a name"), stream).await.expect("TLS");
+    assert_eq!(stream.get_ref().1.alpn_protocol(), Some(protocol.as_bytes()));
+    stream
+}
+
+async fn certificates_of_gateways_stand_for_credentials(plain: World) {
+    let authority = Authority::new();
+    let world = secured(&authority, plain.backend, "gateway.internal=default/gateway keyward:validate").await;
+    let root = world.root_token().to_owned();
+    let gateway = authority.gateway();
+    for (identity, status) in [(Some(&gateway), 200), (None, 500)] {
+        let mut stream = secure(&world, &authority, identity, "http/1.1").await;
+        let request =
+            format!("GET /v1/authorize?required_scopes= HTTP/1.1\r\nhost: k\r\nauthorization: Bearer {root}\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.expect("sent");
+        let mut answer = Vec::new();
+        // The end may come without a farewell of TLS.
+        let _ = stream.read_to_end(&mut answer).await;
+        let answer = String::from_utf8_lossy(&answer);
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+
+        let (client, connection) = h2::client::handshake(secure(&world, &authority, identity, "h2").await).await.expect("HTTP/2");
+        tokio::spawn(connection);
+        let request =
+            http::Request::get("https://localhost/v1/authorize?required_scopes=").header("authorization", format!("Bearer {root}"));
+        let (response, _) = client.ready().await.expect("ready").send_request(request.body(()).expect("a request"), true).expect("sent");
+        assert_eq!(response.await.expect("an answer").status().as_u16(), status);
+    }
+    let mut plain = TcpStream::connect(world.server().http_address().expect("HTTP is on")).await.expect("a connection");
+    plain.write_all(b"GET /healthz HTTP/1.1\r\nhost: k\r\n\r\n").await.expect("sent");
+    let mut answer = Vec::new();
+    let _ = plain.read_to_end(&mut answer).await;
+    assert!(!answer.starts_with(b"HTTP"), "plain text on a TLS port");
+}
+
+async fn silent_clients_of_http_are_cut(world: World) {
+    let begin = Instant::now();
+    let address = world.server().http_address().expect("HTTP is on");
+    let (mut silent, mut half) = (TcpStream::connect(address).await.expect("open"), TcpStream::connect(address).await.expect("open"));
+    let mut asking = TcpStream::connect(address).await.expect("open");
+    half.write_all(b"GET /healthz HTTP/1.1\r\nhost:").await.expect("sent");
+    let healthz = b"GET /healthz HTTP/1.1\r\nhost: k\r\n\r\n";
+    asking.write_all(healthz).await.expect("sent");
+    for stream in [&mut silent, &mut half] {
+        let mut bytes = Vec::new();
+        // An end or a reset: both are one.
+        let gone = timeout(Duration::from_secs(20), stream.read_to_end(&mut bytes)).await;
+        assert!(gone.is_ok() && bytes.is_empty(), "still open after {:?}", begin.elapsed());
+    }
+    assert!(begin.elapsed() >= Duration::from_secs(4), "they had their time");
+    // Who has asked may ask again after a while: gateways keep connections.
+    asking.write_all(healthz).await.expect("sent");
+    let mut answers = Vec::new();
+    while String::from_utf8_lossy(&answers).matches("HTTP/1.1 200 ").count() < 2 {
+        let read = timeout(Duration::from_secs(10), asking.read_buf(&mut answers)).await.expect("in time").expect("open");
+        assert!(read > 0, "closed after {}", String::from_utf8_lossy(&answers));
     }
 }

@@ -306,6 +306,7 @@ async fn counted(world: &World) -> BTreeMap<String, u64> {
         line.starts_with("keyward_verdicts_total")
             || line.starts_with("keyward_requests_total{method=\"unknown")
             || line.starts_with("keyward_requests_total{method=\"keyward.v1.ValidationService/")
+            || line.starts_with("keyward_requests_total{method=\"envoy.")
     };
     let numbers = page.lines().filter(ours).filter_map(|line| line.rsplit_once(' '));
     numbers.map(|(name, number)| (name.to_owned(), number.parse().expect("a number"))).collect()

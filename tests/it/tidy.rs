@@ -17,7 +17,7 @@ const OWNERS: [(&str, &[&str]); 22] = [
     ("hyper::", &["server"]),
     ("jiff::", &["cli"]),
     ("lettre::", &["notices"]),
-    ("percent_encoding::", &["notices"]),
+    ("percent_encoding::", &["api", "notices"]),
     ("prometheus_client::", &["telemetry"]),
     ("prost_reflect::", &["cli"]),
     ("quick_cache::", &["cache"]),
@@ -29,7 +29,7 @@ const OWNERS: [(&str, &[&str]); 22] = [
     ("tonic_reflection::", &["api"]),
     ("toml::", &["config", "cli"]),
     ("tracing_subscriber::", &["telemetry"]),
-    ("url::", &["notices", "rules"]),
+    ("url::", &["api", "notices", "rules"]),
 ];
 
 const LINES_MAX: usize = 900;

@@ -1,5 +1,7 @@
 //! Random requests about the tokens of a cast, good and broken in every way that the wire allows, each with a description that holds no secret.
 
+mod checks;
+
 use std::fmt::Write as _;
 
 use crate::crash::Random;
@@ -35,6 +37,7 @@ pub struct Sent {
 
 const VALIDATE: &str = "/keyward.v1.ValidationService/ValidateToken";
 const BATCH: &str = "/keyward.v1.ValidationService/BatchValidateTokens";
+const CHECK: &str = "/envoy.service.auth.v3.Authorization/Check";
 
 /// Makes one request. With the same seed it is the same request but for the twin, whose secrets are as long.
 pub fn request(seed: u64, cast: &Cast, twin: usize) -> Sent {
@@ -42,18 +45,22 @@ pub fn request(seed: u64, cast: &Cast, twin: usize) -> Sent {
     let is_wild = random.below(4) == 0;
     let twin = if is_wild { SHARED } else { twin };
     let mut maker = Maker { random, cast, twin, is_wild, shape: String::new() };
-    let is_batch = maker.once_in(5);
-    let path = match (is_batch, maker.below(60)) {
-        (false, 0) => "/keyward.v1.ValidationService/ValidateToken?x=1",
-        (false, 1) => "/keyward.v1.ValidationService/ValidateToken/",
-        (true, _) => BATCH,
-        (false, _) => VALIDATE,
+    let path = match maker.below(60) {
+        0 => "/keyward.v1.ValidationService/ValidateToken?x=1",
+        1 => "/keyward.v1.ValidationService/ValidateToken/",
+        2..15 => BATCH,
+        15..30 => CHECK,
+        _ => VALIDATE,
     };
     maker.say(path);
     let method = if maker.once_in(80) { maker.also("GET", "GET") } else { "POST" };
     let mut headers = maker.caller();
     headers.extend(maker.headers());
-    let message = if is_batch { maker.batch() } else { maker.question() };
+    let message = match path {
+        BATCH => maker.batch(),
+        CHECK => checks::request(&mut maker),
+        _ => maker.question(),
+    };
     let body = maker.body(message, &mut headers);
     let pieces = maker.pieces(body);
     let trailers = maker.once_in(12) && maker.also("trailers", true);
