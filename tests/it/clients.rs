@@ -1,8 +1,15 @@
 //! Clients that nobody here wrote: grpcurl by reflection alone, Python's grpcio, Node's grpc-js, each as a user would use it.
 
-use std::{path::Path, process::Command};
+use std::{
+    io::Write as _,
+    path::Path,
+    process::{Command, Stdio},
+};
 
-use crate::world::{Backend, World, runtime, skip, tools};
+use keyward::proto;
+use serde_json::{Value, json};
+
+use crate::world::{Backend, World, new_token, runtime, skip, tools};
 
 /// Runs a driver of `tests/clients` against a server.
 fn drive(program: impl FnOnce(&Path) -> Option<Command>, missing: &str) {
@@ -62,4 +69,68 @@ fn grpcurl_needs_nothing_but_reflection() {
         },
         "no grpcurl (tests/run installs it)",
     );
+}
+
+/// What a client of RFC 7662 is told of a token.
+fn introspected(mut command: Command, world: &World, credentials: &str, token: &str) -> Result<Value, String> {
+    let base = format!("http://{}", world.server().http_address().expect("HTTP is on"));
+    command.env("KEYWARD_HTTP", base).env("KEYWARD_TOKEN", credentials);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it runs");
+    child.stdin.take().expect("piped").write_all(token.as_bytes()).expect("read");
+    let output = child.wait_with_output().expect("an end");
+    let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    if output.status.success() { Ok(serde_json::from_slice(&output.stdout).expect("JSON")) } else { Err(said(&output.stderr)) }
+}
+
+#[test]
+fn clients_of_introspection_understand_the_answers() {
+    let Some(tools) = tools() else { return skip("no clients of RFC 7662 (tests/run installs them)") };
+    let (python, modules) = (tools.join("venv/bin/python"), script("node/node_modules/openid-client"));
+    if !python.exists() || !modules.exists() {
+        return skip("no clients of RFC 7662 (tests/run installs them)");
+    }
+    let authlib = || {
+        let mut command = Command::new(&python);
+        command.arg("-B").arg(script("gateways/introspect.py"));
+        command
+    };
+    let openid_client = || {
+        let mut command = Command::new("node");
+        command.arg(script("node/introspect.mjs"));
+        command
+    };
+    runtime().block_on(async {
+        let world = World::start_by_the_real_clock(Backend::Sqlite).await;
+        let validator = world.validator().await.token.expect("a token");
+        let request = proto::CreateTokenRequest {
+            principal: "alice".to_owned(),
+            audiences: vec!["shop".to_owned()],
+            ..new_token("t", &["orders:read", "orders:write"])
+        };
+        let made = world.root().await.create(request).await.expect("created");
+        let (token, seconds) = (made.token.expect("a token"), |time: Option<prost_types::Timestamp>| time.expect("a time").seconds);
+        let expected = json!({
+            "active": true,
+            "scope": "orders:read orders:write",
+            "client_id": "alice",
+            "username": "alice",
+            "token_type": "Bearer",
+            "exp": seconds(token.expire_time),
+            "iat": seconds(token.create_time),
+            "sub": "alice",
+            "aud": ["shop"],
+            "iss": "urn:keyward:default",
+            "jti": token.id,
+        });
+        for command in [&authlib as &dyn Fn() -> Command, &openid_client] {
+            assert_eq!(introspected(command(), &world, &validator, &made.secret).as_ref(), Ok(&expected));
+            assert_eq!(introspected(command(), &world, &validator, "garbage"), Ok(json!({"active": false})));
+            let refused = introspected(command(), &world, "garbage", &made.secret).expect_err("bad credentials");
+            assert!(refused.contains("401"), "{refused}");
+        }
+        world.root().await.revoke(&token.id).await.expect("revoked");
+        for command in [&authlib as &dyn Fn() -> Command, &openid_client] {
+            assert_eq!(introspected(command(), &world, &validator, &made.secret), Ok(json!({"active": false})), "revoked a moment ago");
+        }
+    });
 }
