@@ -1,6 +1,7 @@
 //! Clients that nobody here wrote: grpcurl by reflection alone, Python's grpcio, Node's grpc-js, each as a user would use it.
 
 use std::{
+    fs,
     io::Write as _,
     path::Path,
     process::{Command, Stdio},
@@ -133,4 +134,32 @@ fn clients_of_introspection_understand_the_answers() {
             assert_eq!(introspected(command(), &world, &validator, &made.secret), Ok(json!({"active": false})), "revoked a moment ago");
         }
     });
+}
+
+#[test]
+fn resources_of_gateways_fit_their_schemas() {
+    if !script("node/node_modules/@kubernetes-models").exists() {
+        return skip("no schemas of Kubernetes resources (tests/run installs them)");
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let check = |text: &str| {
+        let file = folder.path().join("resources.yaml");
+        fs::write(&file, text).expect("written");
+        let output = Command::new("node").arg(script("node/resources.mjs")).arg(file).output().expect("it runs");
+        output.status.success().then_some(()).ok_or_else(|| String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    for (name, wrong) in [
+        (
+            "envoy-gateway.yaml",
+            [("timeout: 200ms", "timeout: 200"), ("failOpen: false", "failopen: false"), ("type: Value, value: shop", "value: shop")],
+        ),
+        ("istio.yaml", [("action: CUSTOM", "action: custom"), ("notPaths:", "notPath:"), ("mode: MUTUAL", "mode: mutual")]),
+    ] {
+        let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/gateways").join(name)).expect(name);
+        assert_eq!(check(&text), Ok(()), "{name}");
+        for (usual, wrong) in wrong {
+            assert!(text.contains(usual), "{name}: {usual}");
+            assert!(check(&text.replace(usual, wrong)).is_err(), "{name} with {wrong}");
+        }
+    }
 }
