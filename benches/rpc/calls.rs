@@ -25,12 +25,14 @@ const REDIS_BYTES: u32 = 100;
 enum Target<'a> {
     Empty {
         server: Server,
+        path: &'static str,
         body: &'a Path,
         scheme: &'static str,
     },
     /// With the verdict that every answer must hold.
     Keyward {
         keyward: &'a Keyward,
+        path: &'static str,
         body: &'a Path,
         scheme: &'static str,
         verdict: &'static str,
@@ -64,18 +66,21 @@ pub struct Outcome {
 const BASE: usize = 0;
 const GOOD: usize = 3;
 const TONIC_TLS: usize = 5;
+const TONIC_CHECK: usize = 7;
 
 /// Measures, and prints the table.
 pub fn compare(options: &Options, site: &Site) -> Outcome {
     let (body, bad_body) = (site.body("good", &site.asked), site.body("bad", &invented()));
+    let check_body = site.check_body("check", &site.asked);
     write_certificate(&site.folder);
     let path = |name: &str| site.folder.join(name).display().to_string();
     let tls = Settings { more: vec!["--tls-cert".into(), path("cert.pem"), "--tls-key".into(), path("key.pem")], ..Settings::default() };
     let plain = Keyward::start(&site.copy("plain"), &Settings::default());
     let secure = Keyward::start(&site.copy("secure"), &tls);
     let empty = |kind: &str, folder: Option<&Path>| start_empty(site, kind, folder);
-    let keyward = |keyward, body, scheme, verdict| Target::Keyward { keyward, body, scheme, verdict };
-    let nothing = |server, scheme| Target::Empty { server, body: &body, scheme };
+    let keyward = |keyward, body, scheme, verdict| Target::Keyward { keyward, path: wire::VALIDATE, body, scheme, verdict };
+    let nothing = |server, scheme| Target::Empty { server, path: wire::VALIDATE, body: &body, scheme };
+    let (check, checked) = (wire::CHECK, &check_body);
     let row = |name, beside, target| Row { name, target, beside, samples: Vec::new() };
     let mut rows = [
         row("tonic, empty handler, multi-thread runtime with one worker", BASE, nothing(empty("tonic-multi", None), "http")),
@@ -85,6 +90,16 @@ pub fn compare(options: &Options, site: &Site) -> Outcome {
         row("Keyward, an invented token", GOOD, keyward(&plain, &bad_body, "http", "UNKNOWN")),
         row("tonic, empty handler, TLS", BASE, nothing(empty("tonic-multi", Some(&site.folder)), "https")),
         row("Keyward, a good token, TLS", TONIC_TLS, keyward(&secure, &body, "https", "VALID")),
+        row(
+            "tonic, an Envoy authorization that lets all pass",
+            BASE,
+            Target::Empty { server: empty("tonic-multi", None), path: check, body: checked, scheme: "http" },
+        ),
+        row(
+            "Keyward, Envoy's Check, a good token",
+            TONIC_CHECK,
+            Target::Keyward { keyward: &plain, path: check, body: checked, scheme: "http", verdict: "VALID" },
+        ),
         row("Redis, GET of 100 bytes, no pipeline (redis-benchmark -c 50 -P 1)", BASE, redis(site)),
     ];
     for round in 0..=options.rounds {
@@ -125,11 +140,11 @@ impl Target<'_> {
         match self {
             Self::NotInstalled => None,
             Self::Redis(server) => Some(redis_round(server, calls)),
-            Self::Empty { server, body, scheme } => Some(h2load(server, calls, body, scheme, caller)),
-            Self::Keyward { keyward, body, scheme, verdict } => {
+            Self::Empty { server, path, body, scheme } => Some(h2load(server, calls, (path, body), scheme, caller)),
+            Self::Keyward { keyward, path, body, scheme, verdict } => {
                 // The client cannot see what an answer says: it must have been the one that is to be measured.
                 let before = keyward.verdicts(verdict);
-                let sample = h2load(&keyward.server, calls, body, scheme, caller);
+                let sample = h2load(&keyward.server, calls, (path, body), scheme, caller);
                 assert_eq!(keyward.verdicts(verdict) - before, calls, "calls that were judged {verdict}");
                 Some(sample)
             }
@@ -137,11 +152,11 @@ impl Target<'_> {
     }
 }
 
-fn h2load(server: &Server, calls: u64, body: &Path, scheme: &str, caller: &str) -> Sample {
+fn h2load(server: &Server, calls: u64, (path, body): (&str, &Path), scheme: &str, caller: &str) -> Sample {
     let mut command = pinned(CLIENT_CORE, "h2load");
     command.args(["-c", &CONNECTIONS.to_string(), "-m", &UNDER_WAY.to_string(), "-n", &calls.to_string(), "-d"]).arg(body);
     command.args(["-H", "content-type: application/grpc", "-H", "te: trailers", "-H", &format!("authorization: Bearer {caller}")]);
-    command.arg(format!("{scheme}://127.0.0.1:{}{}", server.port, wire::VALIDATE));
+    command.arg(format!("{scheme}://127.0.0.1:{}{path}", server.port));
     let before = server.cpu();
     let output = command.output().expect("h2load");
     let cpu = (server.cpu() - before) / calls as f64;

@@ -109,7 +109,7 @@ struct Maker {
 impl Maker {
     fn start(folder: &Path, more: Vec<String>) -> Self {
         fs::create_dir_all(folder).expect("a folder");
-        let keyward = Keyward::start(folder, &Settings { cores: BOTH_CORES, workers: 2, more });
+        let keyward = Keyward::start(folder, &Settings { cores: BOTH_CORES, workers: 2, more, ..Settings::default() });
         Self { keyward, root: root_token(folder), made: 0 }
     }
 

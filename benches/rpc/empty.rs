@@ -17,7 +17,15 @@ use http_body::Frame;
 use http_body_util::BodyExt as _;
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use keyward::proto;
+use keyward::proto::{
+    self,
+    envoy::{
+        CheckRequest, CheckResponse, HeaderValue, HeaderValueOption, OkHttpResponse,
+        authorization_server::{Authorization, AuthorizationServer},
+        check_response::HttpResponse,
+        header_value_option::HeaderAppendAction,
+    },
+};
 use prost::Message as _;
 use tokio::{net::TcpListener, runtime::Builder};
 use tokio_stream::{Stream, StreamExt as _};
@@ -58,6 +66,7 @@ pub fn serve(kind: &str, port: &str, folder: Option<&String>) {
     let runtime = runtime.worker_threads(1).enable_all().build().expect("a runtime");
     match kind {
         "hyper" => runtime.block_on(serve_floor(address)),
+        "upstream" => runtime.block_on(serve_upstream(address)),
         _ => runtime.block_on(serve_tonic(address, folder.map(Path::new))),
     }
 }
@@ -69,7 +78,37 @@ async fn serve_tonic(address: SocketAddr, tls: Option<&Path>) {
         let identity = Identity::from_pem(read("cert.pem"), read("key.pem"));
         server = server.tls_config(ServerTlsConfig::new().identity(identity)).expect("TLS");
     }
-    server.add_service(Empty).serve(address).await.expect("it serves");
+    server.add_service(Empty).add_service(AuthorizationServer::new(LetsAllPass)).serve(address).await.expect("it serves");
+}
+
+/// An external authorization that answers what Keyward answers to the bench's question, give or take a few bytes, as the framework's generator wants it.
+struct LetsAllPass;
+
+#[tonic::async_trait]
+impl Authorization for LetsAllPass {
+    async fn check(&self, _: Request<CheckRequest>) -> Result<Response<CheckResponse>, Status> {
+        let text = |text: &str| prost_types::Value { kind: Some(prost_types::value::Kind::StringValue(text.to_owned())) };
+        let header = |(name, value): (&str, &str)| HeaderValueOption {
+            header: Some(HeaderValue { key: name.to_owned(), value: value.to_owned(), raw_value: Vec::new() }),
+            append_action: HeaderAppendAction::OverwriteIfExistsOrAdd.into(),
+        };
+        let identity = [
+            ("x-keyward-token-id", "tok_0000000000000000000000"),
+            ("x-keyward-principal", "root"),
+            ("x-keyward-workspace", "default"),
+            ("x-keyward-scopes", "agents:list storage:upload"),
+        ];
+        let metadata = [("verdict", "VERDICT_VALID"), ("token_id", identity[0].1), ("principal", "root"), ("workspace", "default")];
+        let fields = metadata.map(|(name, value)| (name.to_owned(), text(value))).into();
+        Ok(Response::new(CheckResponse {
+            status: Some(tonic_types::pb::Status::default()),
+            http_response: Some(HttpResponse::OkResponse(OkHttpResponse {
+                headers: identity.map(header).into(),
+                headers_to_remove: Vec::new(),
+            })),
+            dynamic_metadata: Some(prost_types::Struct { fields }),
+        }))
+    }
 }
 
 /// The service that does nothing.
@@ -148,6 +187,19 @@ async fn serve_floor(address: SocketAddr) {
         tokio::spawn(async move {
             let _closed = http2::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service).await;
         });
+    }
+}
+
+/// What stands behind a gateway: HTTP/1.1, a short text.
+async fn serve_upstream(address: SocketAddr) {
+    let listener = TcpListener::bind(address).await.expect("a port");
+    loop {
+        let (stream, _) = listener.accept().await.expect("a connection");
+        stream.set_nodelay(true).expect("set");
+        let text =
+            || async { Ok::<_, Infallible>(http::Response::new(http_body_util::Full::new(Bytes::from_static(b"from the upstream")))) };
+        let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(move |_| text()));
+        tokio::spawn(connection);
     }
 }
 

@@ -105,7 +105,7 @@ impl Side {
 /// Measures what a call costs with one worker and with two, and prints what two cores give: with the client on the same two cores, only the
 /// server's own time can say it.
 pub fn scaling(options: &Options, site: &Site) {
-    let two = Settings { cores: BOTH_CORES, workers: 2, more: Vec::new() };
+    let two = Settings { cores: BOTH_CORES, workers: 2, ..Settings::default() };
     let mut one = Side::new(site, "one", &Settings::default(), CLIENT_CORE);
     let mut two = Side::new(site, "two", &two, BOTH_CORES);
     for round in 0..=options.few_rounds() {

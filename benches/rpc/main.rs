@@ -23,6 +23,7 @@ mod calls;
 mod client;
 mod create;
 mod empty;
+mod gateways;
 mod load;
 mod many;
 mod process;
@@ -45,6 +46,7 @@ Without options: single calls, many tokens, latency at half load, two cores. Und
   --calls N         calls of a round (default 40000)
   --tokens N        how many different tokens (default 100000)
   --create          CreateToken on SQLite and PostgreSQL beside pgbench, instead
+  --gateways        what Envoy, Traefik, Caddy, nginx and HAProxy take for a request, with Keyward and without, instead (tests/run installs them)
   --soak SECONDS    full load while tokens come and go, then a comparison of all use counts, instead; exit code 1 if they differ
 
 Needs taskset (Debian: util-linux) and h2load (nghttp2-client); --create needs PostgreSQL with pgbench (postgresql, postgresql-contrib).
@@ -57,13 +59,14 @@ pub struct Options {
     calls: u64,
     tokens: usize,
     create: bool,
+    gateways: bool,
     soak: Option<u64>,
 }
 
 impl Options {
     /// Reads the command line; nothing if it is a wish for help, or wrong.
     fn read(arguments: &[String]) -> Option<Self> {
-        let mut options = Self { only: None, rounds: 7, calls: 40_000, tokens: 100_000, create: false, soak: None };
+        let mut options = Self { only: None, rounds: 7, calls: 40_000, tokens: 100_000, create: false, gateways: false, soak: None };
         let mut arguments = arguments.iter();
         while let Some(argument) = arguments.next() {
             let mut value = || arguments.next().cloned();
@@ -75,6 +78,7 @@ impl Options {
                 "--calls" => options.calls = value()?.parse().ok().filter(|calls| *calls > 0)?,
                 "--tokens" => options.tokens = value()?.parse().ok().filter(|tokens| *tokens > 0)?,
                 "--create" => options.create = true,
+                "--gateways" => options.gateways = true,
                 "--soak" => options.soak = Some(value()?.parse().ok().filter(|seconds| *seconds > 0)?),
                 _ => return None,
             }
@@ -118,6 +122,11 @@ fn measure(options: &Options) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let site = Site::new(folder.path().join("site"));
+    if options.gateways {
+        process::need("h2load", "nghttp2-client");
+        gateways::compare(options, &site);
+        return ExitCode::SUCCESS;
+    }
     if let Some(seconds) = options.soak {
         return if soak::run(seconds, site) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }

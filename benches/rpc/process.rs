@@ -140,12 +140,14 @@ impl Server {
 pub struct Settings<'a> {
     pub cores: &'a str,
     pub workers: u32,
+    /// Where it answers HTTP, if anywhere.
+    pub http: Option<u16>,
     pub more: Vec<String>,
 }
 
 impl Default for Settings<'_> {
     fn default() -> Self {
-        Self { cores: SERVER_CORE, workers: 1, more: Vec::new() }
+        Self { cores: SERVER_CORE, workers: 1, http: None, more: Vec::new() }
     }
 }
 
@@ -161,14 +163,9 @@ impl Keyward {
         let (port, metrics) = (free_port(), free_port());
         let mut command = pinned(settings.cores, env!("CARGO_BIN_EXE_keyward"));
         command.args(["serve", "--workers", &settings.workers.to_string()]).args(CACHE).args(&settings.more);
-        command.args([
-            "--listen",
-            &format!("127.0.0.1:{port}"),
-            "--http-listen",
-            "off",
-            "--metrics-listen",
-            &format!("127.0.0.1:{metrics}"),
-        ]);
+        command.args(["--listen", &format!("127.0.0.1:{port}"), "--metrics-listen", &format!("127.0.0.1:{metrics}")]);
+        let http = settings.http.map_or("off".to_owned(), |port| format!("127.0.0.1:{port}"));
+        command.args(["--http-listen", &http]);
         command.arg("--data-dir").arg(folder.join("data")).arg("--root-token-file").arg(folder.join("root"));
         Self { server: Server::start(command, port, &folder.join("log")), metrics }
     }

@@ -9,8 +9,10 @@ use std::{
 
 use keyward::{
     ambient::Clock,
+    proto::envoy::{Address, AttributeContext, CheckRequest, SocketAddress, address, attribute_context},
     token::{Keyring, Prefix, TokenId},
 };
+use prost::Message as _;
 use sea_orm::{ConnectOptions, ConnectionTrait as _, Database, DatabaseConnection, QueryResult, Statement, TransactionTrait as _};
 
 use crate::{
@@ -65,6 +67,40 @@ impl Site {
     /// A file with the question about this token, as h2load sends it.
     pub fn body(&self, name: &str, token: &str) -> PathBuf {
         self.file(name, &wire::framed(&client::question(token)))
+    }
+
+    /// A file with what an Envoy asks about a request with this token, whose headers are those of a usual client.
+    pub fn check_body(&self, name: &str, token: &str) -> PathBuf {
+        let bearer = format!("Bearer {token}");
+        let headers = [
+            (":authority", "orders.example.com"),
+            (":method", "GET"),
+            (":path", "/api/orders/7?full=1"),
+            (":scheme", "https"),
+            ("accept", "application/json"),
+            ("accept-encoding", "gzip, deflate, br"),
+            ("authorization", &bearer),
+            ("content-type", "application/json"),
+            ("user-agent", "orders-client/2.1 (linux; x86_64)"),
+            ("x-envoy-external-address", "192.0.2.7"),
+            ("x-forwarded-for", "192.0.2.7"),
+            ("x-forwarded-proto", "https"),
+            ("x-request-id", "6f1c1f0e-2b57-4d8b-9b64-1b8f0c9f2a11"),
+        ];
+        let owned = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
+        let http = attribute_context::HttpRequest {
+            method: "GET".to_owned(),
+            path: "/api/orders/7?full=1".to_owned(),
+            headers: headers.map(owned).into(),
+            header_map: None,
+        };
+        let socket = SocketAddress { address: "192.0.2.7".to_owned() };
+        let attributes = AttributeContext {
+            source: Some(attribute_context::Peer { address: Some(Address { address: Some(address::Address::SocketAddress(socket)) }) }),
+            request: Some(attribute_context::Request { http: Some(http) }),
+            context_extensions: [("audience", "billing"), ("required_scopes", "agents:list")].map(owned).into(),
+        };
+        self.file(name, &wire::framed(&CheckRequest { attributes: Some(attributes) }.encode_to_vec()))
     }
 
     /// A file with tokens, one a line.

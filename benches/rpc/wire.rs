@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 
 pub const VALIDATE: &str = "/keyward.v1.ValidationService/ValidateToken";
+pub const CHECK: &str = "/envoy.service.auth.v3.Authorization/Check";
 pub const BATCH: &str = "/keyward.v1.ValidationService/BatchValidateTokens";
 pub const STREAM: &str = "/keyward.v1.ValidationService/StreamValidateTokens";
 pub const CREATE: &str = "/keyward.v1.TokenService/CreateToken";

@@ -35,6 +35,7 @@ crate::on_both_databases!(
     envoy_hears_who_comes_and_who_may_not,
     envoy_hears_nothing_without_the_right_to_ask,
     forward_auth_lets_good_tokens_pass_and_no_other_request,
+    what_other_proxies_say_of_the_client_does_not_count,
     a_gateway_that_is_not_known_is_told_nothing,
     introspection_tells_of_active_tokens_only,
     load_balancers_are_told_whether_questions_are_answered,
@@ -218,6 +219,35 @@ async fn forward_auth_lets_good_tokens_pass_and_no_other_request(world: World) {
     }
     world.admin().await.revoke(&token.id).await.expect("revoked");
     assert_eq!(ask("required_scopes=", &bearer).await.status(), 401, "revoked a moment ago");
+    // Of another workspace than the gateway's: as if it did not exist.
+    world.add_workspace("other", "ot").await;
+    let foreign = world.actor_in("other", "eve", &["orders:read"]).await.token.expect("a token");
+    assert_eq!(ask("required_scopes=", &format!("Bearer {foreign}")).await.status(), 401);
+    let unscoped = world.actor("bob", &[]).await.token.expect("a token");
+    let passed = ask("required_scopes=", &format!("Bearer {unscoped}")).await;
+    assert_eq!(passed.headers()["x-keyward-scopes"], "", "empty rather than missing: a gateway might leave the client's own");
+}
+
+async fn what_other_proxies_say_of_the_client_does_not_count(world: World) {
+    let request = proto::CreateTokenRequest { allowed_cidrs: vec!["192.0.2.0/24".to_owned()], ..crate::world::new_token("t", &[]) };
+    let bearer = format!("Bearer {}", world.admin().await.create(request).await.expect("created").secret);
+    let gateway = Gateway::new(&world, world.validator().await.token.as_deref());
+    for (query, claims, status) in [
+        ("", &[("x-forwarded-for", "192.0.2.7")][..], 200),
+        ("", &[("x-forwarded-for", "198.51.100.1, 192.0.2.7")], 200),
+        ("", &[("x-forwarded-for", "192.0.2.7, 198.51.100.1")], 401),
+        ("", &[("x-forwarded-for", "198.51.100.1"), ("x-forwarded-for", "192.0.2.7")], 200),
+        ("", &[("x-forwarded-for", "192.0.2.7"), ("x-forwarded-for", "198.51.100.1")], 401),
+        ("", &[("x-forwarded-for", "192.0.2.7, nowhere")], 401),
+        ("", &[("x-real-ip", "192.0.2.7")], 401),
+        ("&client_ip_header=x-real-ip", &[("x-real-ip", "192.0.2.7"), ("x-forwarded-for", "198.51.100.1")], 200),
+        ("&client_ip_header=x-real-ip", &[("x-forwarded-for", "192.0.2.7")], 401),
+    ] {
+        let mut headers = vec![("authorization", bearer.as_str())];
+        headers.extend_from_slice(claims);
+        let answer = gateway.authorize(&format!("required_scopes={query}"), &headers).await;
+        assert_eq!(answer.status().as_u16(), status, "{query} {claims:?}");
+    }
 }
 
 async fn a_gateway_that_is_not_known_is_told_nothing(world: World) {
@@ -251,6 +281,9 @@ async fn introspection_tells_of_active_tokens_only(world: World) {
     assert_eq!(gateway.introspect(&basic, &form).await.2["active"], true);
     let nothing: Value = serde_json::json!({"active": false});
     assert_eq!(gateway.introspect(&own, "token=garbage").await.2, nothing);
+    world.add_workspace("other", "ot").await;
+    let foreign = world.actor_in("other", "eve", &["orders:read"]).await.token.expect("a token");
+    assert_eq!(gateway.introspect(&own, &format!("token={foreign}")).await.2, nothing, "of another workspace");
     for (credentials, form, status) in [
         ("", &*form, 401),
         ("Bearer garbage", &form, 401),
