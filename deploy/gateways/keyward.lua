@@ -1,6 +1,6 @@
 -- Asks Keyward whether a request may pass, for HAProxy 2.6 or newer: `http-request lua.keyward "http://…/v1/authorize?…"`.
 --
--- It asks with HEAD, so Keyward's answer has no body. Whatever is not 200 ends the request with that status; if Keyward is away that is 502 or 503, if it is slow 504.
+-- haproxy.cfg must shut the door unless this has set txn.keyward to "open". It asks with HEAD, so Keyward's answer has no body. Whatever is not 200 ends the request with that status; if Keyward is away that is 502 or 503, if it is slow 504.
 local own = "Bearer " .. (os.getenv("KEYWARD_TOKEN") or "")
 local identity = { "x-keyward-token-id", "x-keyward-principal", "x-keyward-workspace", "x-keyward-scopes" }
 local passed_on = { "www-authenticate", "retry-after", "cache-control" }
@@ -56,4 +56,6 @@ core.register_action("keyward", { "http-req" }, function(txn, url)
     for _, name in ipairs(identity) do
         txn.http:req_set_header(name, values(answer.headers, name)[1] or "")
     end
+    -- The last of all: without it haproxy.cfg lets nobody through.
+    txn:set_var("txn.keyward", "open")
 end, 1)

@@ -104,6 +104,12 @@ impl Front {
 
     /// As [`Front::start`], with other settings in the place of some.
     pub async fn start_with(program: Program, settings: &[(&str, &str)]) -> Self {
+        // Nobody came with a token; whoever answers so has asked.
+        Self::start_until(program, settings, 401).await
+    }
+
+    /// As [`Front::start_with`]; it is up when who comes without a token gets this status.
+    pub async fn start_until(program: Program, settings: &[(&str, &str)], status: u16) -> Self {
         let mut world = World::unstarted(world::Backend::Sqlite).await;
         if program == Program::Traefik {
             world.settings.insert("gateway_peers", "127.0.0.1/32".to_owned());
@@ -124,16 +130,15 @@ impl Front {
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log).process_group(0);
         let child = command.spawn().expect("it runs");
         let mut front = Self { program, world, upstream, to_keyward, port, folder, child };
-        front.come_up().await;
+        front.come_up(status).await;
         front
     }
 
-    async fn come_up(&mut self) {
-        eventually("the gateway asks Keyward", async || {
+    async fn come_up(&mut self, status: u16) {
+        eventually("the gateway comes up", async || {
             assert!(self.child.try_wait().expect("a child").is_none(), "{:?} does not start: {}", self.program, self.log());
-            // Nobody came with a token; whoever answers so has asked.
             let answer = ask(self.port, "GET / HTTP/1.1\r\nhost: orders\r\nconnection: close\r\n\r\n").await;
-            answer.is_some_and(|answer| answer.status == 401).then_some(())
+            answer.is_some_and(|answer| answer.status == status).then_some(())
         })
         .await;
     }

@@ -176,6 +176,14 @@ async fn what_clients_claim_is_not_believed(program: Program) {
         assert!((400..=500).contains(&front.get("/", &lines).await.status), "{lines:?}");
         front.nothing_came("claims without a token");
     }
+    // What a client calls a matter of this connection alone, proxies leave out: nothing that the gateway itself has put there.
+    let line = format!("connection: {}, x-forwarded-for, x-forwarded-uri, x-forwarded-method", IDENTITY.join(", "));
+    let answer = front.get("/", &[&good, &line]).await;
+    let seen = front.upstream.take();
+    assert_eq!(seen.len(), usize::from(answer.status == 200), "{answer:?}");
+    assert!(seen.iter().all(|seen| identity(seen) == [id.as_str(), "alice", "default", "orders:read"]), "{seen:?}");
+    front.get("/", &["connection: authorization", &good]).await;
+    assert!(front.upstream.take().iter().all(|seen| identity(seen)[1] == "alice"));
     // A token that is good from elsewhere: the client cannot say that it comes from there.
     let (_, far) = issue(&front, |request| request.allowed_cidrs = vec!["192.0.2.0/24".to_owned()]).await;
     let (_, near) = issue(&front, |request| request.allowed_cidrs = vec!["127.0.0.0/8".to_owned()]).await;
@@ -246,6 +254,22 @@ fn envoy_is_understood_in_both_encodings() {
             let logged = format!("GET / 200 verdict=VERDICT_VALID token={id} principal=alice");
             eventually("the access log says who came", async || front.log().contains(&logged).then_some(())).await;
             assert!(front.log().contains("401 verdict=VERDICT_IP_NOT_ALLOWED"), "{}", front.log());
+        }
+    });
+}
+
+#[test]
+fn an_error_in_lua_opens_no_door() {
+    run(Program::Haproxy, async |program| {
+        for (usual, broken, without_token) in [
+            ("local answer = core.httpclient()", "local answer = core.nothing()", 503),
+            ("    forget_claims(txn)\n    local asked", "    error(\"broken\")\n    local asked", 503),
+            ("    txn:set_var(\"txn.keyward\", \"open\")", "    error(\"broken\")", 401),
+        ] {
+            let front = Front::start_until(program, &[(usual, broken)], without_token).await;
+            let (_, good) = issue(&front, |_| ()).await;
+            assert_eq!(front.get("/", &[&good]).await.status, 503, "{broken}: {}", front.log());
+            front.nothing_came(broken);
         }
     });
 }
@@ -336,6 +360,11 @@ async fn no_path_leads_around_the_routes(program: Program) {
         }
     }
     println!("{program:?}: {came} of them came through, harmless");
+    for told in ["x-http-method-override", "x-http-method", "x-method-override", "x-original-url", "x-rewrite-url"] {
+        let answer = front.get("/api/orders/7", &[&good, &format!("{told}: DELETE")]).await;
+        assert_eq!(answer.status, 200, "{told}: {answer:?}");
+        assert!(front.one(told).values(told).is_empty(), "{told} tells the upstream of another request than Keyward judged");
+    }
     // The method counts as well.
     for (method, status) in [("GET", 200), ("HEAD", 200), ("POST", 403), ("DELETE", 403), ("PROPFIND", 403), ("get", 403)] {
         for spoofed in ["x-spoofed: none", "x-forwarded-method: GET"] {
