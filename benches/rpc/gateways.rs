@@ -63,7 +63,7 @@ const PROGRAMS: [Program; 5] = [
         command: "haproxy",
         files: &["haproxy.cfg", "keyward.lua"],
         arguments: &["-f"],
-        asking: ["http-request lua", "use_backend", ""],
+        asking: ["    http-request set-var", "    use_backend", ""],
     },
 ];
 
@@ -166,7 +166,7 @@ pub fn compare(options: &Options, site: &Site) {
     );
     // nginx leaves its worker behind when it is killed.
     for server in rows.into_iter().filter_map(|row| row.server) {
-        server.stop();
+        server.end();
     }
 }
 

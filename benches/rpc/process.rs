@@ -7,7 +7,7 @@ use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{Ipv4Addr, TcpListener, TcpStream},
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
@@ -121,14 +121,20 @@ impl Server {
         line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
     }
 
-    /// SIGTERM, and the end that it leads to.
-    pub fn stop(mut self) {
+    /// SIGTERM, and the clean end that it leads to.
+    pub fn stop(self) {
+        let status = self.end();
+        assert!(status.success(), "the server did not stop cleanly: {status}");
+    }
+
+    /// SIGTERM, and whatever end it leads to.
+    pub fn end(mut self) -> ExitStatus {
         let sent = Command::new("sh").args(["-c", &format!("kill -TERM {}", self.child.id())]).status();
         assert!(sent.expect("a shell").success(), "the server was gone before");
         let begin = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().expect("a child") {
-                return assert!(status.success(), "the server did not stop cleanly: {status}");
+                return status;
             }
             assert!(begin.elapsed() < PATIENCE, "the server does not stop");
             std::thread::sleep(Duration::from_millis(20));
