@@ -165,7 +165,8 @@ impl Server {
             tokio::spawn(Arc::new(http).accept(listener));
         }
         set_health(&server.health, ServingStatus::Serving).await;
-        tracing::info!(address = %server.address, version = telemetry::VERSION, database = ?config.database_url, "serving");
+        let http = server.http_address.map(tracing::field::display);
+        tracing::info!(address = %server.address, http, version = telemetry::VERSION, database = ?config.database_url, "serving");
         Ok(server)
     }
 
