@@ -10,7 +10,7 @@ mod envoy;
 pub mod gate;
 mod gateway;
 pub mod hot;
-mod http;
+pub mod http;
 mod invalidations;
 mod notices;
 mod principals;

@@ -72,6 +72,7 @@ pub struct Server {
     metrics_address: Option<SocketAddr>,
     rooms: Rooms,
     port: Arc<Port>,
+    http_port: Arc<HttpPort>,
     phase: watch::Sender<Phase>,
     health: HealthReporter,
     metrics_task: Option<JoinHandle<()>>,
@@ -137,12 +138,13 @@ impl Server {
         let routes = api.clone().routes(HealthService::from_health_reporter(health.clone())).map_err(|error| error.to_string())?;
         let (phase, phase_receiver) = watch::channel(Phase::Serving);
         let gate = Arc::new(gate::Gate::new(api, routes, rooms.clock.clone(), limits, config.gateway_peers.clone()));
-        let http = HttpPort {
+        let http = Arc::new(HttpPort {
             gate: Arc::clone(&gate),
             certificates: certificates.clone(),
             phase: phase_receiver.clone(),
             able: rooms.fence.able(),
-        };
+            permits: Arc::new(Semaphore::new(http::CONNECTIONS_MAX.into())),
+        });
         let port = Port::new(gate, certificates, metrics, phase_receiver);
         let workers = Workers::start(config.workers, &port)?;
         // Before the first question, and after all that may take its time.
@@ -150,6 +152,7 @@ impl Server {
         let mut server = Self {
             address,
             http_address: http_listener.as_ref().map(local_address).transpose()?,
+            http_port: http,
             metrics_address: metrics_listener.as_ref().map(local_address).transpose()?,
             port,
             phase,
@@ -162,7 +165,7 @@ impl Server {
         server.metrics_task = metrics_listener.map(|listener| tokio::spawn(serve_metrics(listener, server.rooms.clone())));
         tokio::spawn(Arc::clone(&server.port).accept(listener, workers));
         if let Some(listener) = http_listener {
-            tokio::spawn(Arc::new(http).accept(listener));
+            tokio::spawn(Arc::clone(&server.http_port).accept(listener));
         }
         set_health(&server.health, ServingStatus::Serving).await;
         let http = server.http_address.map(tracing::field::display);
@@ -205,7 +208,7 @@ impl Server {
         // First, so that nobody says the opposite afterwards.
         self.phase.send_replace(Phase::Draining);
         set_health(&self.health, ServingStatus::NotServing).await;
-        self.port.drained(&self.phase).await;
+        tokio::join!(self.port.drained(&self.phase), self.http_port.drained());
         self.port.quiet().await;
         if let Some(metrics) = &self.metrics_task {
             metrics.abort();

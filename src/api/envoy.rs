@@ -130,7 +130,7 @@ impl<'a> Waiting<'a> {
     /// As [`Waiting::answer`], if there is nothing to judge.
     pub(super) fn refused(&self, refusal: &Refusal, metadata: Option<Struct>) -> CheckResponse {
         if let Refusal::Misconfigured(why) = refusal {
-            tracing::warn!(why, "a gateway's route is set wrongly, and every request of it is denied");
+            gateway::complain_of_route(why);
         }
         let sentence = refusal.sentence();
         let (body, content_type) = match refusal.error() {
@@ -207,6 +207,7 @@ mod tests {
             ("x_keyward_principal", "root"),
             ("x-keyward_scopes", "*"),
             ("x-keyward-anything", "1"),
+            ("x.keyward~token-id", "1"),
             ("x-keyword", "1"),
         ];
         let identity =
@@ -223,7 +224,8 @@ mod tests {
                 let set: Vec<&str> = passed.headers.iter().filter_map(|header| Some(header.header.as_ref()?.key.as_str())).collect();
                 assert_eq!(set, ["x-keyward-token-id", "x-keyward-principal", "x-keyward-workspace"]);
                 let removed: Vec<&str> = passed.headers_to_remove.iter().map(String::as_str).collect();
-                let mut expected = vec!["x-keyward-scopes", "x_keyward_principal", "x-keyward_scopes", "x-keyward-anything"];
+                let mut expected =
+                    vec!["x-keyward-scopes", "x_keyward_principal", "x-keyward_scopes", "x-keyward-anything", "x.keyward~token-id"];
                 expected.extend((strip == "true").then_some("authorization"));
                 let sorted = |mut names: Vec<&str>| {
                     names.sort_unstable();

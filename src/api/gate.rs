@@ -576,8 +576,9 @@ impl Gate {
         access: Access,
         is_gateway: bool,
         peer: &Peer,
+        judge: Judge,
     ) -> Result<Caller, Error> {
-        match self.identity(presented, peer, is_gateway, Judge::WithTheMessage, self.clock.now()).await? {
+        match self.identity(presented, peer, is_gateway, judge, self.clock.now()).await? {
             Identity::Good(caller) => caller.authorize(access).map(|()| caller),
             Identity::Refused(_) => Err(Error::Unauthenticated(CREDENTIALS_REFUSED)),
         }

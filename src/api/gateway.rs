@@ -6,8 +6,9 @@
 //! Invariant: nothing but a token that was judged to be good lets a request pass (test `only_a_good_token_opens_the_door`).
 //! Invariant: a setting of a route that is not known closes it (test `a_route_that_is_set_wrongly_is_closed`).
 
-use std::net::IpAddr;
+use std::{net::IpAddr, num::NonZeroU32, sync::LazyLock};
 
+use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use smallvec::SmallVec;
 use tonic::Code;
 
@@ -43,21 +44,30 @@ impl<'a> Route<'a> {
     /// Reads it from names and values.
     pub(super) fn read(settings: impl Iterator<Item = (&'a str, &'a str)>) -> Result<Self, Refusal> {
         let mut route = Self::default();
+        let mut seen = SmallVec::<[&str; 6]>::new();
         for (name, value) in settings {
-            route.set(name, value).map_err(|rule| Refusal::Misconfigured(format!("{name} {rule}")))?;
+            // A name that is none of ours may be anything, a token as well.
+            let shown =
+                if name.len() < 20 && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_') { name } else { "a setting" };
+            if seen.contains(&name) {
+                return Err(Refusal::Misconfigured(format!("{shown} is there more than once")));
+            }
+            seen.push(name);
+            route.set(name, value).map_err(|rule| Refusal::Misconfigured(format!("{shown} {rule}")))?;
         }
         Ok(route)
     }
 
     fn set(&mut self, name: &str, value: &'a str) -> Result<(), String> {
-        let some = |value: &'a str| Some(value).filter(|value| !value.is_empty());
         match name {
-            "workspace" => self.workspace = some(rules::workspace_id(value).map(|_| value)?),
-            "audience" if value.len() > AUDIENCE_CHARS_MAX => return Err(format!("must be at most {AUDIENCE_CHARS_MAX} characters")),
-            "audience" => self.audience = some(value),
+            "workspace" => self.workspace = Some(rules::workspace_id(value).map(|_| value)?),
+            "audience" if !(1..=AUDIENCE_CHARS_MAX).contains(&value.len()) => {
+                return Err(format!("must be 1 to {AUDIENCE_CHARS_MAX} characters"));
+            }
+            "audience" => self.audience = Some(value),
             "required_scopes" => self.scopes = Some(scopes(value)?),
-            "token_header" => self.token_header = some(header_name(value)?),
-            "client_ip_header" => self.client_ip_header = some(header_name(value)?),
+            "token_header" => self.token_header = Some(header_name(value)?),
+            "client_ip_header" => self.client_ip_header = Some(header_name(value)?),
             "strip_token" => self.strip_token = value.parse().map_err(|_| "must be true or false")?,
             _ => {
                 return Err(
@@ -82,7 +92,8 @@ impl<'a> Route<'a> {
 }
 
 fn is_ours(name: &str) -> bool {
-    name.get(..HEADERS.len()).is_some_and(|begin| begin.replace('_', "-").eq_ignore_ascii_case(HEADERS))
+    let is_same = |(letter, ours): (u8, u8)| letter.eq_ignore_ascii_case(&ours) || (ours == b'-' && !letter.is_ascii_alphanumeric());
+    name.len() >= HEADERS.len() && name.bytes().zip(HEADERS.bytes()).all(is_same)
 }
 
 fn scopes(text: &str) -> Result<SmallVec<[&str; 4]>, String> {
@@ -273,6 +284,22 @@ impl Refusal {
     }
 }
 
+/// Tells the operator that a route is set wrongly: a line a second at most, since clients cause them.
+pub(super) fn complain_of_route(why: &str) {
+    static LIMIT: LazyLock<DefaultDirectRateLimiter> = LazyLock::new(|| RateLimiter::direct(Quota::per_second(NonZeroU32::MIN)));
+    if LIMIT.check().is_ok() {
+        tracing::warn!(?why, "a gateway's route is set wrongly, and every request of it is denied");
+    }
+}
+
+/// Tells the operator that a gateway is not let in, as [`complain_of_route`] does.
+pub(super) fn complain_of_gateway(why: &str) {
+    static LIMIT: LazyLock<DefaultDirectRateLimiter> = LazyLock::new(|| RateLimiter::direct(Quota::per_second(NonZeroU32::MIN)));
+    if LIMIT.check().is_ok() {
+        tracing::warn!(why, "a gateway that asks by HTTP is not let in, and every request of it is denied");
+    }
+}
+
 /// What a judgement means for the request.
 pub(super) fn decide(judgement: Judgement<'_>, question: &Question<'_>) -> Decision {
     match (judgement.verdict, judgement.grant) {
@@ -332,7 +359,8 @@ mod tests {
         assert_eq!(read("token_header", "x-api-key").expect("good").token_header(), "x-api-key");
         for (name, value) in [
             ("required_scope", "orders:read"),
-            ("Audience", "shop"),
+            ("audience", ""),
+            ("workspace", ""),
             ("required_scopes", "orders"),
             ("required_scopes", "orders:read,orders:write"),
             ("token_header", "X-Api-Key"),
@@ -344,6 +372,10 @@ mod tests {
             let Err(Refusal::Misconfigured(why)) = read(name, value) else { panic!("{name}={value}") };
             assert!(why.starts_with(name), "{why}");
         }
+        let Err(Refusal::Misconfigured(why)) = read("kw_AJZzEYqjUBsyrYc", "") else { panic!("it is no setting") };
+        assert!(why.starts_with("a setting "), "{why}: it may be a secret");
+        let twice = Route::read([("required_scopes", "orders:read"), ("required_scopes", "")].into_iter());
+        assert!(matches!(twice, Err(Refusal::Misconfigured(_))), "whoever can add a setting does not choose it");
         let route = read("workspace", "ours").expect("good");
         let http = HttpRequest { method: "GET", path: "/" };
         let inquiry = Inquiry { route, presented: Presented::Token(b"kw_1"), http, client_ip: None };

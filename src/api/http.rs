@@ -21,7 +21,7 @@ use tonic::{Code, Status};
 use url::form_urlencoded;
 
 use super::{
-    gate::{self, Gate, MESSAGE_TIMEOUT, METHODS, Peer, Plane},
+    gate::{self, Gate, Judge, MESSAGE_TIMEOUT, METHODS, Peer, Plane},
     gateway::{self, Decision, Identity, Inquiry, Presented, Refusal, Route},
     status,
 };
@@ -49,6 +49,10 @@ const INTROSPECT: &str = "/oauth2/introspect";
 
 type Answer = Response<Full<Bytes>>;
 
+/// Goes with an answer to somebody who was identified.
+#[derive(Clone, Copy)]
+pub struct Known;
+
 impl Gate {
     /// Answers one request. `is_ready` says whether questions can be answered now.
     pub async fn serve_http<B>(self: Arc<Self>, request: Request<B>, peer: Arc<Peer>, is_ready: bool) -> Answer
@@ -72,11 +76,15 @@ impl Gate {
         };
         let answered = timeout(self.limits.deadline_max, work).await.unwrap_or_else(|_| Err(status::deadline_exceeded()));
         let code = answered.as_ref().map_or_else(Status::code, |_| Code::Ok);
-        let answer = match answered {
+        let mut answer = match answered {
             Ok(answer) => answer,
             Err(status) if head.uri.path() == INTROSPECT => unanswered(&status),
             Err(status) => undecided(&status),
         };
+        let is_probe_or_nothing = !COUNTED.contains(&head.uri.path()) || answer.status() == StatusCode::METHOD_NOT_ALLOWED;
+        if code == Code::Ok && !is_probe_or_nothing {
+            answer.extensions_mut().insert(Known);
+        }
         let answer = if only_401_403(&head) { narrowed(answer) } else { answer };
         let answer = if head.uri.path() == AUTHORIZE && is_grpc(&head.headers) { grpc(answer) } else { answer };
         let place = COUNTED.iter().position(|path| *path == head.uri.path());
@@ -94,8 +102,11 @@ impl Gate {
     }
 
     async fn authorize(&self, headers: &HeaderMap, query: &str, peer: &Peer) -> Result<Answer, Status> {
-        let caller = self.gateway(headers, GATEWAY, true, peer).await?;
-        let settings: Vec<_> = form_urlencoded::parse(query.as_bytes()).filter(|(name, _)| name != ONLY_401_403).collect();
+        let caller = self.gateway(headers, GATEWAY, true, peer, Judge::WithTheMessage).await?;
+        let (plain, settings): (Vec<_>, Vec<_>) = form_urlencoded::parse(query.as_bytes()).partition(|(name, _)| name == ONLY_401_403);
+        if plain.iter().any(|(_, value)| value.parse::<bool>().is_err()) {
+            return Ok(refused(&Refusal::Misconfigured(format!("{ONLY_401_403} must be true or false"))));
+        }
         let decision = match inquiry(headers, &settings) {
             Ok(inquiry) => match inquiry.question(caller.validation_reach()) {
                 Ok(question) => self.judge(&question, |judgement| gateway::decide(judgement, &question)).await?,
@@ -114,7 +125,7 @@ impl Gate {
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let caller = self.gateway(headers, AUTHORIZATION, false, peer).await?;
+        self.gateway(headers, AUTHORIZATION, false, peer, Judge::BeforeTheMessage).await?;
         let is_form = headers.get(CONTENT_TYPE).is_some_and(|value| is_form(value.as_bytes()));
         let read = timeout(MESSAGE_TIMEOUT, Limited::new(body, FORM_BYTES_MAX).collect()).await;
         let form = read.ok().and_then(Result::ok).map(http_body_util::Collected::to_bytes).filter(|_| is_form);
@@ -123,6 +134,8 @@ impl Gate {
         let (Some(token), None) = (tokens.next(), tokens.next()) else {
             return Err(Error::invalid("token", "must be there once").into());
         };
+        // Once more, since the body may have been long on its way.
+        let caller = self.gateway(headers, AUTHORIZATION, false, peer, Judge::WithTheMessage).await?;
         let need = Need { workspace: caller.validation_reach(), ..Need::default() };
         let question = Question { text: token.as_bytes(), need, http: None, peek: false };
         self.judge(&question, |judgement| {
@@ -144,14 +157,14 @@ impl Gate {
     }
 
     /// Who asks, by the credentials in this header; for a forward-auth also by their address.
-    async fn gateway(&self, headers: &HeaderMap, name: HeaderName, is_gateway: bool, peer: &Peer) -> Result<Caller, Error> {
+    async fn gateway(&self, headers: &HeaderMap, name: HeaderName, is_gateway: bool, peer: &Peer, judge: Judge) -> Result<Caller, Error> {
         let mut values = headers.get_all(name).iter();
         let presented = match (values.next(), values.next()) {
             (None, _) => None,
             (Some(value), None) => Some(own_token(value).ok_or(Error::Unauthenticated("the credentials are no bearer token"))?),
             (Some(_), Some(_)) => return Err(Error::Unauthenticated("the credentials are there more than once")),
         };
-        self.identify_presented(presented.as_deref(), Access::Validate, is_gateway, peer).await
+        self.identify_presented(presented.as_deref(), Access::Validate, is_gateway, peer, judge).await
     }
 }
 
@@ -201,7 +214,7 @@ fn passed(identity: &Identity) -> Answer {
 
 fn refused(refusal: &Refusal) -> Answer {
     if let Refusal::Misconfigured(why) = refusal {
-        tracing::warn!(why, "a gateway's route is set wrongly, and every request of it is denied");
+        gateway::complain_of_route(why);
     }
     let status = StatusCode::from_u16(refusal.http_status()).unwrap_or(StatusCode::FORBIDDEN);
     let body = match refusal.error() {
@@ -218,7 +231,7 @@ fn refused(refusal: &Refusal) -> Answer {
 /// What a client is told if nothing was decided. That a gateway is not let in is no fault of its clients, who are told nothing of it.
 fn undecided(status: &Status) -> Answer {
     if matches!(status.code(), Code::Unauthenticated | Code::PermissionDenied) {
-        tracing::warn!(reason = status.message(), header = %GATEWAY, "a gateway is not let in, and every request of it is denied");
+        gateway::complain_of_gateway(status.message());
         return oauth(StatusCode::INTERNAL_SERVER_ERROR, "server_error", "this cannot be decided");
     }
     outage(status)
@@ -229,10 +242,9 @@ fn unanswered(status: &Status) -> Answer {
     match status.code() {
         Code::Unauthenticated => {
             let answer = oauth(StatusCode::UNAUTHORIZED, "invalid_client", "the caller's own credentials are missing or not good");
-            let challenge = |scheme: &str| HeaderValue::from_str(&format!(r#"{scheme} realm="keyward""#)).ok();
             let mut answer = answer;
-            for challenge in ["Bearer", "Basic"].into_iter().filter_map(challenge) {
-                answer.headers_mut().append(WWW_AUTHENTICATE, challenge);
+            for challenge in [r#"Bearer realm="keyward", error="invalid_token""#, r#"Basic realm="keyward""#] {
+                answer.headers_mut().append(WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
             }
             answer
         }
@@ -262,8 +274,10 @@ fn narrowed(mut answer: Answer) -> Answer {
     answer
 }
 
+/// Not gRPC-Web, which a proxy translates.
 fn is_grpc(headers: &HeaderMap) -> bool {
-    headers.get(CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(GRPC.as_bytes()))
+    let content_type = headers.get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+    content_type.strip_prefix(GRPC.as_bytes()).is_some_and(|rest| rest.first().is_none_or(|byte| b"+;".contains(byte)))
 }
 
 /// A refusal for a client that speaks gRPC, where the gateway passes it on: the status of HTTP closes the door, that of gRPC is for the client.

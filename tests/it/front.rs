@@ -60,7 +60,7 @@ impl Program {
     }
 
     /// Where a file says which scope is needed: without it the workspace's routes say it.
-    fn scope_setting(self) -> &'static str {
+    pub fn scope_setting(self) -> &'static str {
         if self == Self::Envoy { "required_scopes: orders:read" } else { "&required_scopes=orders:read" }
     }
 
@@ -151,6 +151,23 @@ impl Front {
     /// Sends a request as it is written, and waits for the answer. The gateway must close after it.
     pub async fn ask(&self, request: &str) -> Answer {
         ask(self.port, request).await.unwrap_or_else(|| panic!("no answer to {:.200}: {}", request, self.log()))
+    }
+
+    /// As [`Front::ask`]; what has come after a second, or before the end of the connection, if that is an answer.
+    pub async fn ask_shortly(&self, request: &str) -> Option<Answer> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).await.expect("a connection");
+        // Some do not read to the end of what they refuse.
+        let _ = stream.write_all(request.as_bytes()).await;
+        let mut bytes = Vec::new();
+        let read = async {
+            while let Ok(1..) = stream.read_buf(&mut bytes).await {
+                if Answer::parse(&bytes).is_some() {
+                    return;
+                }
+            }
+        };
+        let _ = timeout(Duration::from_secs(1), read).await;
+        Answer::parse(&bytes)
     }
 
     /// A GET of this path with these header lines.

@@ -201,11 +201,47 @@ async fn what_clients_claim_is_not_believed(program: Program) {
         assert_eq!(passed.status, 200, "{claim}: {passed:?}\n{}", front.log());
         front.one(claim);
     }
+    // More of one header than any gateway takes: whoever sends them ends nothing but their own request.
+    for count in [100, 253] {
+        let many = vec!["authorization: Bearer x"; count];
+        assert!(
+            front
+                .ask_shortly(&format!("GET / HTTP/1.1\r\nhost: orders\r\n{}\r\n\r\n", many.join("\r\n")))
+                .await
+                .is_none_or(|answer| answer.status != 200)
+        );
+        front.nothing_came("many tokens");
+        assert_eq!(front.get("/", &[&good]).await.status, 200, "{count}: {}", front.log());
+        front.one("after many tokens");
+    }
+    drop(front);
     // An identity without scopes: nothing of the client's fills the gap.
-    let (bare, no_scope) = issue(&front, |request| request.scopes = vec!["orders:*".to_owned()]).await;
-    let answer = front.get("/", &[&no_scope, "x-keyward-scopes: keyward:root"]).await;
-    assert_eq!(answer.status, 200);
-    assert_eq!(identity(&front.one("a wildcard")), [bare.as_str(), "alice", "default", "orders:*"]);
+    let none = if program == Program::Envoy { "required_scopes: \"\"" } else { "&required_scopes=" };
+    let front = Front::start_with(program, &[(program.scope_setting(), none)]).await;
+    let (bare, unscoped) = issue(&front, |request| request.scopes.clear()).await;
+    let answer = front.get("/", &[&unscoped.replace(": ", ":  "), "x-keyward-scopes: keyward:root"]).await;
+    assert_eq!(answer.status, 200, "{answer:?}\n{}", front.log());
+    assert_eq!(identity(&front.one("no scopes")), [bare.as_str(), "alice", "default", ""]);
+    // And one with as many as there may be.
+    let scopes: Vec<String> =
+        (0..100).map(|number| format!("{}:{number:0>60}", "r".repeat(40))).map(|scope| scope.replace(":0", ":a")).collect();
+    let (rich, scoped) = issue(&front, |request| request.scopes.clone_from(&scopes)).await;
+    let answer = front.get("/", &[&scoped]).await;
+    assert_eq!(answer.status, 200, "{answer:?}\n{}", front.log());
+    let mut told: Vec<String> = identity(&front.one("many scopes"))[3].split(' ').map(str::to_owned).collect();
+    told.sort();
+    assert_eq!((told.len(), rich.is_empty()), (100, false));
+    // Whatever room is left beside what the client sends: all of its identity, or nothing.
+    for kib in [80, 90, 92, 94, 95, 96] {
+        let large = format!("x-large: {}", "y".repeat(kib * 1_000));
+        let status = front
+            .ask_shortly(&format!("GET / HTTP/1.1\r\nhost: orders\r\n{scoped}\r\n{large}\r\nconnection: close\r\n\r\n"))
+            .await
+            .map(|answer| answer.status);
+        for seen in front.upstream.take() {
+            assert_eq!(identity(&seen)[3].split(' ').count(), 100, "{kib}: {status:?}");
+        }
+    }
 }
 
 #[test]
@@ -293,6 +329,30 @@ fn resolved(path: &str) -> String {
 
 async fn no_path_leads_around_the_routes(program: Program) {
     let front = Front::start_by_routes(program).await;
+    around_the_routes(&front).await;
+    // Nor does a query: with nothing set at all, no setting is the client's.
+    let settings = match program {
+        Program::Envoy => vec![(program.scope_setting(), ""), ("audience: shop", "")],
+        Program::Nginx => vec![("&audience=shop&required_scopes=orders:read", "")],
+        _ => vec![("audience=shop&required_scopes=orders:read", "")],
+    };
+    let front = Front::start_with(program, &settings).await;
+    around_the_routes(&front).await;
+    let (_, other) = issue(&front, |request| request.scopes = vec!["orders:write".to_owned()]).await;
+    let (_, far) = issue(&front, |request| request.allowed_cidrs = vec!["192.0.2.0/24".to_owned()]).await;
+    for (token, query) in [
+        (&other, "required_scopes="),
+        (&other, "required_scopes=orders:write"),
+        (&far, "client_ip_header=x-me"),
+        (&other, "token_header=x-me"),
+    ] {
+        let answer = front.get(&format!("/api/orders/7?{query}"), &[token, "x-me: 192.0.2.7"]).await;
+        assert!((400..=500).contains(&answer.status), "{query}: {answer:?}");
+        front.nothing_came(query);
+    }
+}
+
+async fn around_the_routes(front: &Front) {
     let operation = |operation: &str, method: &str, path: &str| proto::Operation {
         operation: operation.to_owned(),
         method: method.to_owned(),
@@ -309,7 +369,7 @@ async fn no_path_leads_around_the_routes(program: Program) {
     ];
     let routes = proto::Workspace { id: "default".to_owned(), resources, ..Default::default() };
     front.world.root().await.update_workspace(routes, &["resources"]).await.expect("changed");
-    let (_, good) = issue(&front, |_| ()).await;
+    let (_, good) = issue(front, |_| ()).await;
     let answer = front.get("/api/orders/7?x=/api/admin", &[&good]).await;
     assert_eq!(answer.status, 200, "{answer:?}\n{}", front.log());
     front.one("a route");
@@ -359,7 +419,7 @@ async fn no_path_leads_around_the_routes(program: Program) {
             assert!(answer.status == 200 || (300..=500).contains(&answer.status), "{path}: {answer:?}");
         }
     }
-    println!("{program:?}: {came} of them came through, harmless");
+    println!("{:?}: {came} of them came through, harmless", front.program);
     for told in ["x-http-method-override", "x-http-method", "x-method-override", "x-original-url", "x-rewrite-url"] {
         let answer = front.get("/api/orders/7", &[&good, &format!("{told}: DELETE")]).await;
         assert_eq!(answer.status, 200, "{told}: {answer:?}");
@@ -424,6 +484,22 @@ async fn every_kind_of_request_is_asked_about(program: Program) {
     assert!((400..500).contains(&front.get("/", &[&bad, &large]).await.status));
     front.nothing_came("a large header with a bad token");
     web_sockets(&front, &good, &bad).await;
+    // Behind HTTP/2 other requests could come, which nobody asks about.
+    for lines in [
+        &["connection: Upgrade, HTTP2-Settings", "upgrade: h2c", "http2-settings: AAMAAABkAARAAAAAAAIAAAAA"][..],
+        &["connection: Upgrade", "upgrade: websocket, h2c"],
+        &["connection: Upgrade", "upgrade: websocket", "upgrade: h2c"],
+        &["connection: Upgrade", "upgrade: h2c", "upgrade: websocket"],
+        &["connection: Upgrade", "upgrade: orders/2"],
+    ] {
+        let request = format!("GET / HTTP/1.1\r\nhost: orders\r\n{good}\r\n{}\r\n\r\n", lines.join("\r\n"));
+        let answer = front.ask_shortly(&request).await;
+        for seen in front.upstream.take() {
+            let asked = seen.values("upgrade");
+            assert!(asked.iter().all(|protocol| !protocol.contains("h2c")), "{lines:?}: {seen:?}");
+        }
+        assert!(answer.is_none_or(|answer| !answer.header("upgrade").contains("h2c")), "{lines:?}");
+    }
     grpc(&front, &good, &bad).await;
 }
 
@@ -468,6 +544,24 @@ async fn grpc(front: &Front, good: &str, bad: &str) {
     let refused = call(bad).await.expect_err("a bad token");
     assert_eq!(refused.code(), Code::Unauthenticated, "{refused:?}");
     front.nothing_came("gRPC with a bad token");
+    // Other clients than this one understand it only with its content type, and with the status 200 or one that says the same.
+    let (mut client, connection) = {
+        let stream = TcpStream::connect(("127.0.0.1", front.port)).await.expect("a connection");
+        h2::client::handshake(stream).await.expect("HTTP/2")
+    };
+    tokio::spawn(connection);
+    let request =
+        http::Request::post("http://orders/orders.v1.Orders/Get").header("content-type", "application/grpc").header("te", "trailers");
+    let request = request.header("authorization", bad.split_once(": ").expect("a header").1).body(()).expect("a request");
+    let (answer, mut body) = client.send_request(request, false).expect("sent");
+    let _ = body.send_data(bytes::Bytes::from_static(&[0; 5]), true);
+    let answer = answer.await.expect("an answer");
+    assert_eq!(
+        (answer.headers()["content-type"].as_bytes(), answer.headers()["grpc-status"].as_bytes()),
+        (&b"application/grpc"[..], &b"16"[..]),
+        "{answer:?}"
+    );
+    assert!(matches!(answer.status().as_u16(), 200 | 401), "{answer:?}");
 }
 
 async fn the_door_stays_shut_while_keyward_is_away(program: Program) {

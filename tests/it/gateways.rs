@@ -42,6 +42,9 @@ crate::on_both_databases!(
     addresses_of_gateways_stand_for_credentials,
     certificates_of_gateways_stand_for_credentials,
     silent_clients_of_http_are_cut,
+    a_caller_of_introspection_who_is_revoked_meanwhile_is_told_nothing,
+    a_stop_waits_for_calls_by_http,
+    a_drain_is_told_by_readiness,
 );
 
 /// A request that waits at an Envoy.
@@ -62,7 +65,7 @@ pub fn check_request(headers: &[(&str, &str)], settings: &[(&str, &str)]) -> Che
     CheckRequest { attributes: Some(attributes) }
 }
 
-async fn check(gateway: &Actor, headers: &[(&str, &str)], settings: &[(&str, &str)]) -> Result<CheckResponse, Status> {
+pub async fn check(gateway: &Actor, headers: &[(&str, &str)], settings: &[(&str, &str)]) -> Result<CheckResponse, Status> {
     let request = gateway.request(check_request(headers, settings));
     AuthorizationClient::new(gateway.channel.clone()).check(request).await.map(tonic::Response::into_inner)
 }
@@ -210,6 +213,9 @@ async fn forward_auth_lets_good_tokens_pass_and_no_other_request(world: World) {
         ("scope=orders:read", &bearer, 500, ""),
         ("required_scopes=&only_401_403=true", "Bearer a,b", 401, r#"Bearer realm="keyward", error="invalid_request""#),
         ("scope=orders:read&only_401_403=true", &bearer, 403, ""),
+        ("required_scopes=orders:write&required_scopes=", &bearer, 500, ""),
+        ("required_scopes=&only_401_403=yes", &bearer, 500, ""),
+        ("required_scopes=&audience=", &bearer, 500, ""),
     ] {
         let refused = ask(query, value).await;
         let told = refused.headers().get("www-authenticate").map_or("", |value| value.to_str().expect("text"));
@@ -409,4 +415,69 @@ async fn silent_clients_of_http_are_cut(world: World) {
         let read = timeout(Duration::from_secs(10), asking.read_buf(&mut answers)).await.expect("in time").expect("open");
         assert!(read > 0, "closed after {}", String::from_utf8_lossy(&answers));
     }
+}
+
+/// Begins an introspection whose body is not there yet.
+async fn half_asked(world: &World, credentials: &str, form: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(world.server().http_address().expect("HTTP is on")).await.expect("a connection");
+    let head = format!(
+        "POST /oauth2/introspect HTTP/1.1\r\nhost: k\r\nauthorization: Bearer {credentials}\r\ncontent-type: application/x-www-form-urlencoded\r\n\
+         content-length: {}\r\nconnection: close\r\n\r\n",
+        form.len()
+    );
+    stream.write_all(head.as_bytes()).await.expect("sent");
+    stream
+}
+
+async fn rest_asked(mut stream: TcpStream, form: &str) -> String {
+    stream.write_all(form.as_bytes()).await.expect("sent");
+    let mut answer = String::new();
+    timeout(Duration::from_secs(10), stream.read_to_string(&mut answer)).await.expect("in time").expect("text");
+    answer
+}
+
+async fn a_caller_of_introspection_who_is_revoked_meanwhile_is_told_nothing(world: World) {
+    let (_, secret) = orders(&world).await;
+    let (gateway, form) = (world.validator().await, format!("token={secret}"));
+    let stream = half_asked(&world, gateway.token.as_deref().expect("a token"), &form).await;
+    // The head has been looked at.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    world.root().await.revoke(&gateway.own_id().await).await.expect("revoked");
+    let answer = rest_asked(stream, &form).await;
+    assert!(answer.starts_with("HTTP/1.1 401 ") && !answer.contains("active"), "{answer}");
+}
+
+async fn a_stop_waits_for_calls_by_http(mut world: World) {
+    let (token, secret) = orders(&world).await;
+    let (gateway, form) = (world.validator().await, format!("token={secret}"));
+    let stream = half_asked(&world, gateway.token.as_deref().expect("a token"), &form).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    drop(gateway);
+    let stop = tokio::spawn(world.take_server().stop());
+    // Longer than connections without a call are waited for.
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    let answer = rest_asked(stream, &form).await;
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains(r#""active":true"#), "{answer}");
+    stop.await.expect("no panic").expect("a clean stop");
+    world.start_server().await;
+    assert_eq!(world.root().await.get(&token.id).await.expect("found").use_count, 1, "it was counted");
+}
+
+async fn a_drain_is_told_by_readiness(mut world: World) {
+    let (_, secret) = orders(&world).await;
+    let (gateway, form) = (world.validator().await, format!("token={secret}"));
+    let half = half_asked(&world, gateway.token.as_deref().expect("a token"), &form).await;
+    let mut probe = TcpStream::connect(world.server().http_address().expect("HTTP is on")).await.expect("a connection");
+    // The request has begun before the drain, and ends in it.
+    probe.write_all(b"GET /readyz HTTP/1.1\r\nhost: k\r\n").await.expect("sent");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    drop(gateway);
+    let stop = tokio::spawn(world.take_server().stop());
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    probe.write_all(b"connection: close\r\n\r\n").await.expect("sent");
+    let mut answer = String::new();
+    timeout(Duration::from_secs(10), probe.read_to_string(&mut answer)).await.expect("in time").expect("text");
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+    rest_asked(half, &form).await;
+    stop.await.expect("no panic").expect("a clean stop");
 }

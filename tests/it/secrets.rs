@@ -1,6 +1,7 @@
 //! No secret is anywhere but with its holder.
 
 use std::{
+    fmt::Write as _,
     fs,
     path::Path,
     process::{Child, Command},
@@ -10,6 +11,7 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use keyward::proto::{self, Verdict};
 
 use crate::{
+    gateways,
     mailbox::{Mailbox, MailboxOptions},
     outlets::{self, SOON},
     receiver::{Behaviour, Receiver},
@@ -41,10 +43,42 @@ fn no_secret_is_anywhere() {
     }
 }
 
+/// Every secret at every place where a gateway may put one, also at the wrong one.
+async fn ask_as_gateways(admin: &Actor, port: u16, secrets: &[String], answers: &mut String) {
+    let client = reqwest::Client::builder().no_proxy().build().expect("a client");
+    let (base, own) = (format!("http://127.0.0.1:{port}"), &secrets[0]);
+    for secret in secrets {
+        let bearer = format!("Bearer {secret}");
+        let authorize = |query: &str| client.get(format!("{base}/v1/authorize?{query}")).header("authorization", &bearer);
+        let introspect = || client.post(format!("{base}/oauth2/introspect")).header("content-type", "application/x-www-form-urlencoded");
+        let requests = [
+            authorize("required_scopes=").header("x-keyward-authorization", format!("Bearer {own}")),
+            authorize("required_scopes=").header("x-keyward-authorization", &bearer),
+            authorize("required_scopes=").header("x-keyward-authorization", secret),
+            authorize(&format!("{secret}=1")).header("x-keyward-authorization", format!("Bearer {own}")),
+            authorize(&format!("token_header={secret}")).header("x-keyward-authorization", format!("Bearer {own}")),
+            introspect().basic_auth("gateway", Some(own)).body(format!("token={secret}")),
+            introspect().basic_auth("gateway", Some(secret)).body(format!("token={secret}")),
+            introspect().bearer_auth(own).body(format!("{secret}=token&token={secret}")),
+            introspect().bearer_auth(own).body(secret.clone()),
+        ];
+        for request in requests {
+            let answer = request.send().await.expect("an answer");
+            write!(answers, "{:?}{:?}", answer.status(), answer.headers()).expect("room");
+            answers.push_str(&answer.text().await.expect("a body"));
+        }
+        for (name, value) in [("authorization", bearer.as_str()), ("x-api-key", secret)] {
+            for settings in [("required_scopes", ""), ("token_header", "x-api-key"), (secret.as_str(), "1"), ("audience", secret)] {
+                write!(answers, "{:?}", gateways::check(admin, &[(name, value)], &[settings]).await).expect("room");
+            }
+        }
+    }
+}
+
 /// Everything that the interface offers, at the most talkative level, and then a search for each secret that ever was.
 async fn search(backend: Backend) {
     let folder = tempfile::tempdir().expect("a folder");
-    let (port, metrics) = (free_port(), free_port());
+    let (port, metrics, http) = (free_port(), free_port(), free_port());
     let database = match backend {
         Backend::Postgres => Some(world::new_postgres_database().await),
         Backend::Sqlite => None,
@@ -58,7 +92,7 @@ async fn search(backend: Backend) {
         let mut command = keyward();
         command.args(["serve", "--log", "trace", "--log-format", format, "--listen", &format!("127.0.0.1:{port}")]);
         command
-            .args(["--http-listen", "off", "--metrics-listen", &format!("127.0.0.1:{metrics}"), "--data-dir"])
+            .args(["--http-listen", &format!("127.0.0.1:{http}"), "--metrics-listen", &format!("127.0.0.1:{metrics}"), "--data-dir"])
             .arg(folder.path().join("data"));
         command.arg("--root-token-file").arg(folder.path().join("root"));
         command.args(["--notices-interval", "1s", "--webhook-allowed-cidrs", "127.0.0.1/32"]);
@@ -97,6 +131,7 @@ async fn search(backend: Backend) {
         answers.push_str(&String::from_utf8_lossy(&output.stdout));
         answers.push_str(&String::from_utf8_lossy(&output.stderr));
     }
+    ask_as_gateways(&admin, http, &secrets, &mut answers).await;
     answers.push_str(&metrics_page(metrics).await);
     stop(&mut server);
     let mut server = start("json");
@@ -106,6 +141,7 @@ async fn search(backend: Backend) {
     .await;
     exercise(&admin, &mut secrets, &mut answers).await;
     be_told(&admin, mailbox.as_ref(), &receiver, (&mut secrets, &mut keys), &mut answers).await;
+    ask_as_gateways(&admin, http, &secrets, &mut answers).await;
     answers.push_str(&metrics_page(metrics).await);
     stop(&mut server);
 

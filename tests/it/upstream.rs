@@ -83,7 +83,9 @@ impl Upstream {
 type Body = BoxBody<Bytes, Infallible>;
 
 async fn answer(mut request: Request<Incoming>, seen: Arc<Mutex<Vec<Seen>>>) -> Result<Response<Body>, hyper::Error> {
-    let upgrade = request.headers().contains_key(UPGRADE).then(|| hyper::upgrade::on(&mut request));
+    // It agrees to whatever it is asked for.
+    let protocol = request.headers().get(UPGRADE).cloned();
+    let upgrade = protocol.map(|protocol| (protocol, hyper::upgrade::on(&mut request)));
     let (head, body) = request.into_parts();
     let text = |value: &hyper::header::HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
     let came = Seen {
@@ -94,9 +96,10 @@ async fn answer(mut request: Request<Incoming>, seen: Arc<Mutex<Vec<Seen>>>) -> 
     };
     let is_grpc = came.values("content-type").iter().any(|value| value.starts_with("application/grpc"));
     seen.lock().expect("not poisoned").push(came);
-    if let Some(upgrade) = upgrade {
+    if let Some((protocol, upgrade)) = upgrade {
         tokio::spawn(async move {
-            let mut stream = TokioIo::new(upgrade.await.expect("the protocol is switched"));
+            let Ok(upgraded) = upgrade.await else { return };
+            let mut stream = TokioIo::new(upgraded);
             let mut buffer = [0; 1_024];
             // An echo, until the other side closes.
             while let Ok(count @ 1..) = stream.read(&mut buffer).await {
@@ -107,8 +110,8 @@ async fn answer(mut request: Request<Incoming>, seen: Arc<Mutex<Vec<Seen>>>) -> 
         });
         let mut switched = Response::new(Full::default().boxed());
         *switched.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-        for (name, value) in [(UPGRADE.as_str(), "websocket"), (CONNECTION.as_str(), "upgrade"), ("sec-websocket-accept", WEBSOCKET_ACCEPT)]
-        {
+        switched.headers_mut().insert(UPGRADE, protocol);
+        for (name, value) in [(CONNECTION.as_str(), "upgrade"), ("sec-websocket-accept", WEBSOCKET_ACCEPT)] {
             switched
                 .headers_mut()
                 .insert(hyper::header::HeaderName::from_lowercase(name.as_bytes()).expect("a name"), value.parse().expect("a value"));
