@@ -3,7 +3,6 @@
 
 use std::{
     fs::{self, File},
-    net::TcpListener,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -20,7 +19,7 @@ use tokio::{
 use crate::{
     proxy::Proxy,
     upstream::Upstream,
-    world::{self, World, eventually},
+    world::{self, World, eventually, free_port},
 };
 
 /// A gateway's program.
@@ -202,11 +201,6 @@ fn write_files(program: Program, folder: &Path, ports: &[(&str, u16)], token: &s
         fs::write(folder.join(name), text).expect("written");
     }
     assert_eq!(replaced, settings.len(), "each setting stands in one place: {settings:?}");
-}
-
-/// A port that nobody had a moment ago.
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port()
 }
 
 /// What a client of the gateway got.

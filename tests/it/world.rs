@@ -5,11 +5,12 @@
 use std::{
     collections::BTreeMap,
     io::Write as _,
+    ops::Range,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
         OnceLock,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU16, AtomicU32, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -598,9 +599,20 @@ pub fn run_as_root(command: &[&str]) {
     assert!(status.success(), "{command:?}");
 }
 
-/// A port that nobody listens on now.
+/// A port that nobody listens on, and that nobody is given until this process ends: it is below those that the system gives to connections and to whoever asks for any.
 pub fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port").port()
+    const PORTS: Range<u16> = 12_000..32_000;
+    static TAKEN: AtomicU16 = AtomicU16::new(0);
+    // Whoever runs beside this process begins elsewhere.
+    let begin = u16::try_from(std::process::id() * 100 % u32::from(PORTS.end - PORTS.start)).expect("within the range");
+    loop {
+        let step = TAKEN.fetch_add(1, Ordering::Relaxed);
+        assert!(step < PORTS.end - PORTS.start, "no port is free");
+        let port = PORTS.start + (begin + step) % (PORTS.end - PORTS.start);
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// Where `tests/run` puts the test clients; nothing if it did not run.
