@@ -44,6 +44,12 @@ pub struct Answer {
 
 impl Answer {
     const UNKNOWN: Self = Self { verdict: Verdict::Unknown, grant: None, derived_scope: None };
+
+    /// The same by reference.
+    #[must_use]
+    pub fn judgement(&self) -> Judgement<'_> {
+        Judgement { verdict: self.verdict, grant: self.grant.as_ref(), derived_scope: self.derived_scope.as_ref() }
+    }
 }
 
 /// As [`Answer`], by reference: nothing was copied for it.

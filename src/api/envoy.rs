@@ -41,7 +41,7 @@ impl Authorization for Api {
         };
         let answer = self.validator.validate(question, now).await?;
         self.metrics.verdict(answer.verdict);
-        let judgement = Judgement { verdict: answer.verdict, grant: answer.grant.as_ref(), derived_scope: answer.derived_scope.as_ref() };
+        let judgement = answer.judgement();
         Ok(Response::new(waiting.answer(&inquiry, judgement, gateway::decide(judgement, &question))))
     }
 }
@@ -74,13 +74,7 @@ impl<'a> Waiting<'a> {
         let token_header = route.token_header();
         let client_ip = match route.client_ip_header {
             // The last of several was put there by the gateway itself.
-            Some(header) => {
-                self.values(header).last().and_then(|value| std::str::from_utf8(value.rsplit(|byte| *byte == b',').next()?).ok())
-            }
-            None => None,
-        };
-        let client_ip = match route.client_ip_header {
-            Some(_) => client_ip.and_then(|text| text.trim().parse::<IpAddr>().ok()).map(|address| address.to_canonical()),
+            Some(header) => self.values(header).last().and_then(gateway::last_address),
             None => self.source,
         };
         let presented = Presented::of(token_header, self.values(token_header));
@@ -100,7 +94,7 @@ impl<'a> Waiting<'a> {
     }
 
     fn is_grpc(&self) -> bool {
-        self.values("content-type").any(|value| value.starts_with(b"application/grpc"))
+        self.values("content-type").any(gateway::is_grpc)
     }
 
     /// What the gateway is told.
@@ -133,11 +127,7 @@ impl<'a> Waiting<'a> {
             gateway::complain_of_route(why);
         }
         let sentence = refusal.sentence();
-        let (body, content_type) = match refusal.error() {
-            _ if self.is_grpc() => (sentence.to_owned(), None),
-            Some(error) => (format!(r#"{{"error":"{error}","error_description":"{sentence}"}}"#), Some("application/json")),
-            None => (format!(r#"{{"error_description":"{sentence}"}}"#), Some("application/json")),
-        };
+        let (body, content_type) = if self.is_grpc() { (sentence.to_owned(), None) } else { (refusal.body(), Some("application/json")) };
         let challenge = refusal.challenge();
         let headers = [("www-authenticate", challenge.as_deref()), ("content-type", content_type), ("cache-control", Some("no-store"))];
         let denied = DeniedHttpResponse {

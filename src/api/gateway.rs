@@ -109,6 +109,18 @@ fn header_name(text: &str) -> Result<&str, &'static str> {
     is_name.then_some(text).ok_or("must be the name of a header, in lower case")
 }
 
+/// The last address of a list, which the gateway itself has put there.
+pub(super) fn last_address(list: &[u8]) -> Option<IpAddr> {
+    let last = list.rsplit(|byte| *byte == b',').next()?;
+    let address: IpAddr = std::str::from_utf8(last).ok()?.trim().parse().ok()?;
+    Some(address.to_canonical())
+}
+
+/// Whether a client speaks gRPC. Not gRPC-Web, which a proxy translates.
+pub(super) fn is_grpc(content_type: &[u8]) -> bool {
+    content_type.strip_prefix(b"application/grpc").is_some_and(|rest| rest.first().is_none_or(|byte| b"+;".contains(byte)))
+}
+
 /// What a request carries in the place of a token.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Presented<'a> {
@@ -269,6 +281,15 @@ impl Refusal {
             Self::BadToken => "the token is not good",
             Self::InsufficientScope(_) => "the token is not good for this",
             Self::Misconfigured(_) => "this cannot be decided",
+        }
+    }
+
+    /// The error and the sentence in JSON.
+    pub(super) fn body(&self) -> String {
+        let sentence = self.sentence();
+        match self.error() {
+            Some(error) => format!(r#"{{"error":"{error}","error_description":"{sentence}"}}"#),
+            None => format!(r#"{{"error_description":"{sentence}"}}"#),
         }
     }
 

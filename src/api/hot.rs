@@ -287,11 +287,7 @@ impl Api {
         let question = asked.question(reach);
         let digest = self.validator.prove(question.text);
         self.validator.judge_known(digest, &question, now, |judgement| {
-            self.validator.count_hits(digest.is_some().into());
-            if let Some(token_id) = judgement.used(&question) {
-                self.validator.count(token_id, question.need.client_ip, now);
-            }
-            self.metrics.verdict(judgement.verdict);
+            self.note_one(digest.is_some(), judgement, &question, now);
             let mut frame = Vec::with_capacity(FRAME_HEADER_BYTES + question::answer_bytes(judgement, &question));
             frame.put_bytes(0, FRAME_HEADER_BYTES);
             question::put_answer(&mut frame, judgement, &question);
@@ -312,11 +308,7 @@ impl Api {
         };
         let digest = self.validator.prove(question.text);
         self.validator.judge_known(digest, &question, now, |judgement| {
-            self.validator.count_hits(digest.is_some().into());
-            if let Some(token_id) = judgement.used(&question) {
-                self.validator.count(token_id, question.need.client_ip, now);
-            }
-            self.metrics.verdict(judgement.verdict);
+            self.note_one(digest.is_some(), judgement, &question, now);
             framed(&waiting.answer(&inquiry, judgement, gateway::decide(judgement, &question)))
         })?
     }
@@ -365,6 +357,14 @@ impl Api {
                 })?;
             }
         }
+    }
+
+    fn note_one(&self, is_hit: bool, judgement: Judgement<'_>, question: &Question<'_>, now: Time) {
+        self.validator.count_hits(is_hit.into());
+        if let Some(token_id) = judgement.used(question) {
+            self.validator.count(token_id, question.need.client_ip, now);
+        }
+        self.metrics.verdict(judgement.verdict);
     }
 
     /// Counts what was judged, now that it is certain that it is answered.

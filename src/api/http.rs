@@ -6,7 +6,7 @@
 //! Invariant: the gateway is identified before anything that it sends counts (test `a_gateway_that_is_not_known_is_told_nothing`).
 //! Invariant: every answer but 200 closes the door, and 200 names all identity headers (test `only_a_good_token_opens_the_door`).
 
-use std::{borrow::Cow, net::IpAddr, sync::Arc, time::Duration};
+use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
@@ -78,7 +78,7 @@ impl Gate {
         let code = answered.as_ref().map_or_else(Status::code, |_| Code::Ok);
         let mut answer = match answered {
             Ok(answer) => answer,
-            Err(status) if head.uri.path() == INTROSPECT => unanswered(&status),
+            Err(status) if head.uri.path() == INTROSPECT => unanswered(&status, head.headers.contains_key(AUTHORIZATION)),
             Err(status) => undecided(&status),
         };
         let is_probe_or_nothing = !COUNTED.contains(&head.uri.path()) || answer.status() == StatusCode::METHOD_NOT_ALLOWED;
@@ -86,7 +86,8 @@ impl Gate {
             answer.extensions_mut().insert(Known);
         }
         let answer = if only_401_403(&head) { narrowed(answer) } else { answer };
-        let answer = if head.uri.path() == AUTHORIZE && is_grpc(&head.headers) { grpc(answer) } else { answer };
+        let is_grpc = head.headers.get(CONTENT_TYPE).is_some_and(|value| gateway::is_grpc(value.as_bytes()));
+        let answer = if head.uri.path() == AUTHORIZE && is_grpc { grpc(answer) } else { answer };
         let place = COUNTED.iter().position(|path| *path == head.uri.path());
         if let Some(place) = place {
             self.api.metrics.request(METHODS.len() + 1 + place, usize::try_from(i32::from(code)).unwrap_or_default(), watch.elapsed());
@@ -140,7 +141,7 @@ impl Gate {
         let question = Question { text: token.as_bytes(), need, http: None, peek: false };
         self.judge(&question, |judgement| {
             let good = judgement.grant.filter(|_| judgement.verdict == Verdict::Valid);
-            json_answer(StatusCode::OK, &good.map_or_else(|| json!({"active": false}), introspected))
+            json_answer(StatusCode::OK, good.map_or_else(|| json!({"active": false}), introspected).to_string())
         })
         .await
     }
@@ -153,7 +154,7 @@ impl Gate {
         };
         let judged = self.api.validator.validate(*question, self.clock.now()).await?;
         self.api.metrics.verdict(judged.verdict);
-        Ok(answer(Judgement { verdict: judged.verdict, grant: judged.grant.as_ref(), derived_scope: judged.derived_scope.as_ref() }))
+        Ok(answer(judged.judgement()))
     }
 
     /// Who asks, by the credentials in this header; for a forward-auth also by their address.
@@ -194,12 +195,11 @@ fn inquiry<'a>(headers: &'a HeaderMap, settings: &'a [(Cow<'a, str>, Cow<'a, str
     let route = Route::read(settings.iter().map(|(name, value)| (&**name, &**value)))?;
     let presented = Presented::of(route.token_header(), headers.get_all(route.token_header()).iter().map(HeaderValue::as_bytes));
     // Of several, the last was put there by the gateway itself.
-    let last = |name: &str| headers.get_all(name).iter().next_back().and_then(|value| value.to_str().ok());
-    let client_ip =
-        last(route.client_ip_header.unwrap_or("x-forwarded-for")).and_then(|list| list.rsplit(',').next()?.trim().parse::<IpAddr>().ok());
-    let method = last("x-forwarded-method").unwrap_or_default();
-    let path = last("x-forwarded-uri").unwrap_or_default();
-    Ok(Inquiry { route, presented, http: HttpRequest { method, path }, client_ip: client_ip.map(|address| address.to_canonical()) })
+    let last = |name: &str| headers.get_all(name).iter().next_back();
+    let client_ip = last(route.client_ip_header.unwrap_or("x-forwarded-for")).and_then(|list| gateway::last_address(list.as_bytes()));
+    let text = |name: &str| last(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let http = HttpRequest { method: text("x-forwarded-method"), path: text("x-forwarded-uri") };
+    Ok(Inquiry { route, presented, http, client_ip })
 }
 
 fn passed(identity: &Identity) -> Answer {
@@ -217,11 +217,7 @@ fn refused(refusal: &Refusal) -> Answer {
         gateway::complain_of_route(why);
     }
     let status = StatusCode::from_u16(refusal.http_status()).unwrap_or(StatusCode::FORBIDDEN);
-    let body = match refusal.error() {
-        Some(error) => json!({"error": error, "error_description": refusal.sentence()}),
-        None => json!({"error_description": refusal.sentence()}),
-    };
-    let answer = json_answer(status, &body);
+    let answer = json_answer(status, refusal.body());
     match refusal.challenge() {
         Some(challenge) => with(answer, WWW_AUTHENTICATE, &challenge),
         None => answer,
@@ -238,12 +234,13 @@ fn undecided(status: &Status) -> Answer {
 }
 
 /// What a caller is told who asked about a token and gets no answer (RFC 7662, section 2.3; RFC 6750, section 3.1).
-fn unanswered(status: &Status) -> Answer {
+/// Whoever came without credentials is told of no error in them.
+fn unanswered(status: &Status, has_credentials: bool) -> Answer {
     match status.code() {
         Code::Unauthenticated => {
-            let answer = oauth(StatusCode::UNAUTHORIZED, "invalid_client", "the caller's own credentials are missing or not good");
-            let mut answer = answer;
-            for challenge in [r#"Bearer realm="keyward", error="invalid_token""#, r#"Basic realm="keyward""#] {
+            let bearer = if has_credentials { r#"Bearer realm="keyward", error="invalid_token""# } else { r#"Bearer realm="keyward""# };
+            let mut answer = oauth(StatusCode::UNAUTHORIZED, "invalid_client", "the caller's own credentials are missing or not good");
+            for challenge in [bearer, r#"Basic realm="keyward""#] {
                 answer.headers_mut().append(WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
             }
             answer
@@ -272,12 +269,6 @@ fn narrowed(mut answer: Answer) -> Answer {
         _ => *answer.status_mut() = StatusCode::FORBIDDEN,
     }
     answer
-}
-
-/// Not gRPC-Web, which a proxy translates.
-fn is_grpc(headers: &HeaderMap) -> bool {
-    let content_type = headers.get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
-    content_type.strip_prefix(GRPC.as_bytes()).is_some_and(|rest| rest.first().is_none_or(|byte| b"+;".contains(byte)))
 }
 
 /// A refusal for a client that speaks gRPC, where the gateway passes it on: the status of HTTP closes the door, that of gRPC is for the client.
@@ -314,11 +305,11 @@ fn introspected(grant: &Grant) -> serde_json::Value {
 }
 
 fn oauth(status: StatusCode, error: &str, description: &str) -> Answer {
-    json_answer(status, &json!({"error": error, "error_description": description}))
+    json_answer(status, json!({"error": error, "error_description": description}).to_string())
 }
 
-fn json_answer(status: StatusCode, body: &serde_json::Value) -> Answer {
-    let answer = Response::new(Full::from(body.to_string()));
+fn json_answer(status: StatusCode, body: String) -> Answer {
+    let answer = Response::new(Full::from(body));
     let mut answer = with(answer, CONTENT_TYPE, "application/json");
     *answer.status_mut() = status;
     with(answer, CACHE_CONTROL, "no-store")

@@ -28,7 +28,8 @@ use tonic::{Code, Status};
 
 use crate::{
     tls::{Authority, secured},
-    world::{Actor, World},
+    validation::world_behind_proxy,
+    world::{self, Actor, World, eventually},
 };
 
 crate::on_both_databases!(
@@ -301,6 +302,8 @@ async fn introspection_tells_of_active_tokens_only(world: World) {
         assert_eq!(found.as_u16(), status, "{credentials} {form}");
         assert!(told["error"].is_string() && told.get("active").is_none());
         assert_eq!(headers.contains_key("www-authenticate"), matches!(status, 401 | 403));
+        let names_an_error = headers.get("www-authenticate").is_some_and(|told| told.to_str().expect("text").contains("error="));
+        assert_eq!(names_an_error, matches!(status, 401 | 403) && !credentials.is_empty(), "{credentials}");
     }
     world.admin().await.revoke(&token.id).await.expect("revoked");
     assert_eq!(gateway.introspect(&own, &form).await.2, nothing, "and nothing more");
@@ -417,15 +420,18 @@ async fn silent_clients_of_http_are_cut(world: World) {
     }
 }
 
-/// Begins an introspection whose body is not there yet.
+/// Begins an introspection whose body is not there yet, and waits until the server has looked at who asks and wants the body.
 async fn half_asked(world: &World, credentials: &str, form: &str) -> TcpStream {
     let mut stream = TcpStream::connect(world.server().http_address().expect("HTTP is on")).await.expect("a connection");
     let head = format!(
         "POST /oauth2/introspect HTTP/1.1\r\nhost: k\r\nauthorization: Bearer {credentials}\r\ncontent-type: application/x-www-form-urlencoded\r\n\
-         content-length: {}\r\nconnection: close\r\n\r\n",
+         content-length: {}\r\nexpect: 100-continue\r\nconnection: close\r\n\r\n",
         form.len()
     );
     stream.write_all(head.as_bytes()).await.expect("sent");
+    let mut wanted = [0; 25];
+    timeout(Duration::from_secs(10), stream.read_exact(&mut wanted)).await.expect("in time").expect("open");
+    assert_eq!(String::from_utf8_lossy(&wanted), "HTTP/1.1 100 Continue\r\n\r\n");
     stream
 }
 
@@ -440,8 +446,6 @@ async fn a_caller_of_introspection_who_is_revoked_meanwhile_is_told_nothing(worl
     let (_, secret) = orders(&world).await;
     let (gateway, form) = (world.validator().await, format!("token={secret}"));
     let stream = half_asked(&world, gateway.token.as_deref().expect("a token"), &form).await;
-    // The head has been looked at.
-    tokio::time::sleep(Duration::from_millis(300)).await;
     world.root().await.revoke(&gateway.own_id().await).await.expect("revoked");
     let answer = rest_asked(stream, &form).await;
     assert!(answer.starts_with("HTTP/1.1 401 ") && !answer.contains("active"), "{answer}");
@@ -451,7 +455,6 @@ async fn a_stop_waits_for_calls_by_http(mut world: World) {
     let (token, secret) = orders(&world).await;
     let (gateway, form) = (world.validator().await, format!("token={secret}"));
     let stream = half_asked(&world, gateway.token.as_deref().expect("a token"), &form).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
     drop(gateway);
     let stop = tokio::spawn(world.take_server().stop());
     // Longer than connections without a call are waited for.
@@ -466,18 +469,55 @@ async fn a_stop_waits_for_calls_by_http(mut world: World) {
 async fn a_drain_is_told_by_readiness(mut world: World) {
     let (_, secret) = orders(&world).await;
     let (gateway, form) = (world.validator().await, format!("token={secret}"));
-    let half = half_asked(&world, gateway.token.as_deref().expect("a token"), &form).await;
-    let mut probe = TcpStream::connect(world.server().http_address().expect("HTTP is on")).await.expect("a connection");
-    // The request has begun before the drain, and ends in it.
+    let address = world.server().http_address().expect("HTTP is on");
+    let mut probe = TcpStream::connect(address).await.expect("a connection");
+    // The request has begun before the drain, and ends in it: the server has accepted it before the next one.
     probe.write_all(b"GET /readyz HTTP/1.1\r\nhost: k\r\n").await.expect("sent");
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let half = half_asked(&world, gateway.token.as_deref().expect("a token"), &form).await;
     drop(gateway);
     let stop = tokio::spawn(world.take_server().stop());
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    eventually("the drain begins", async || TcpStream::connect(address).await.err()).await;
     probe.write_all(b"connection: close\r\n\r\n").await.expect("sent");
     let mut answer = String::new();
     timeout(Duration::from_secs(10), probe.read_to_string(&mut answer)).await.expect("in time").expect("text");
     assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
     rest_asked(half, &form).await;
     stop.await.expect("no panic").expect("a clean stop");
+}
+
+#[test]
+fn an_outage_of_ours_is_told_as_one() {
+    world::runtime().block_on(async {
+        let Some((world, proxy)) = world_behind_proxy().await else { return };
+        let (_, known) = orders(&world).await;
+        let unknown = world.actor("bob", &["orders:read"]).await.token.expect("a token");
+        let validator = world.validator().await;
+        let gateway = Gateway::new(&world, validator.token.as_deref());
+        let (known, unknown) = (format!("Bearer {known}"), format!("Bearer {unknown}"));
+        let settings = [("required_scopes", "orders:read")];
+        let authorize = async |query: &str, value: &str| gateway.authorize(query, &[("authorization", value)]).await;
+        assert_eq!(authorize("required_scopes=orders:read", &known).await.status(), 200);
+        proxy.cut();
+        assert_eq!(authorize("required_scopes=orders:read", &known).await.status(), 200, "what is known is judged on");
+        assert_eq!(http_status(&check(&validator, &[("authorization", &known)], &settings).await.expect("an answer")), 200);
+        assert_eq!(authorize("required_scopes=orders:read", "Bearer garbage").await.status(), 401, "what cannot be a token as well");
+        let outage = check(&validator, &[("authorization", &unknown)], &settings).await.expect_err("nobody knows");
+        assert_eq!(outage.code(), Code::Unavailable, "{outage:?}");
+        for (query, status) in [("required_scopes=orders:read", 503), ("required_scopes=orders:read&only_401_403=true", 403)] {
+            let told = authorize(query, &unknown).await;
+            assert_eq!((told.status().as_u16(), told.headers()["retry-after"].to_str().expect("text")), (status, "1"), "{query}");
+            assert!(!told.headers().contains_key("www-authenticate"), "it is not the client's fault");
+            assert!(told.text().await.expect("a body").contains("temporarily_unavailable"), "{query}");
+        }
+        let own = format!("Bearer {}", validator.token.as_deref().expect("a token"));
+        let (status, headers, told) = gateway.introspect(&own, &format!("token={}", &unknown["Bearer ".len()..])).await;
+        assert_eq!((status.as_u16(), headers["retry-after"].to_str().expect("text")), (503, "1"));
+        assert!(told.get("active").is_none(), "{told}");
+        proxy.heal();
+        eventually("the database is back", async || {
+            let answer = authorize("required_scopes=orders:read", &unknown).await;
+            (answer.status().as_u16() == 200).then_some(())
+        })
+        .await;
+    });
 }
