@@ -199,7 +199,10 @@ async fn what_clients_claim_is_not_believed(program: Program) {
         front.nothing_came(claim);
         let passed = front.get("/", &[claim, &near]).await;
         assert_eq!(passed.status, 200, "{claim}: {passed:?}\n{}", front.log());
-        front.one(claim);
+        // Nor can it tell the upstream so, which goes by the last address.
+        let seen = front.one(claim);
+        let told = seen.values("x-forwarded-for").join(",");
+        assert!(told.rsplit(',').next().is_some_and(|last| !["", "192.0.2.7"].contains(&last.trim())), "{claim}: {seen:?}");
     }
     // More of one header than any gateway takes: whoever sends them ends nothing but their own request.
     for count in [100, 253] {

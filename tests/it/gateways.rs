@@ -46,6 +46,7 @@ crate::on_both_databases!(
     a_caller_of_introspection_who_is_revoked_meanwhile_is_told_nothing,
     a_stop_waits_for_calls_by_http,
     a_drain_is_told_by_readiness,
+    an_overload_is_told_as_one,
 );
 
 /// A request that waits at an Envoy.
@@ -483,6 +484,22 @@ async fn a_drain_is_told_by_readiness(mut world: World) {
     assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
     rest_asked(half, &form).await;
     stop.await.expect("no panic").expect("a clean stop");
+}
+
+async fn an_overload_is_told_as_one(mut world: World) {
+    let (_, secret) = orders(&world).await;
+    let (validator, bearer) = (world.validator().await.token.expect("a token"), format!("Bearer {secret}"));
+    world.limits.data_calls_max = 0;
+    world.restart().await;
+    let gateway = Gateway::new(&world, Some(&validator));
+    for (query, status) in [("required_scopes=orders:read", 429), ("required_scopes=orders:read&only_401_403=true", 403)] {
+        let told = gateway.authorize(query, &[("authorization", &bearer)]).await;
+        assert_eq!((told.status().as_u16(), told.headers()["retry-after"].to_str().expect("text")), (status, "1"), "{query}");
+    }
+    let (status, headers, told) = gateway.introspect(&format!("Bearer {validator}"), &format!("token={secret}")).await;
+    assert_eq!((status.as_u16(), headers["retry-after"].to_str().expect("text")), (429, "1"));
+    assert!(told.get("active").is_none(), "{told}");
+    assert_eq!(world.metric("keyward_shed_total").await, 3.0);
 }
 
 #[test]
