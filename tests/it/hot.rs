@@ -12,14 +12,17 @@ use std::{
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request};
-use keyward::proto::{self, create_token_request::Lifetime};
+use keyward::proto::{self, Verdict, create_token_request::Lifetime};
 use shapes::{Cast, SHARED, Sent, Twins};
 use tokio::time::{sleep, timeout};
+use tonic::Code;
 
 use crate::{
     crash::number_from,
+    gateways::{check, http_status},
     limits::{RawClient, raw},
-    world::{Actor, World, new_token},
+    validation::world_behind_proxy,
+    world::{self, Actor, World, eventually, new_token},
 };
 
 crate::on_sqlite!(both_ways_give_the_same_answer, a_request_that_never_ends_is_not_answered_early);
@@ -408,4 +411,44 @@ async fn a_request_that_never_ends_is_not_answered_early(world: World) {
     let (ahead, generated) = (answers.remove(0).await.expect("no panic"), answers.remove(0).await.expect("no panic"));
     assert_eq!(ahead.differences(&generated), Vec::<String>::new());
     assert_eq!(code(&generated), "4");
+}
+
+/// What a plain question costs hangs on this: a call that goes to the handlers takes a place among the calls that are under way, and here there is none left.
+#[test]
+fn plain_questions_never_reach_the_handlers() {
+    world::runtime().block_on(async {
+        let Some((mut world, proxy)) = world_behind_proxy().await else { return };
+        let (slow, slow_secret) = world.admin().await.issue("slow", &[]).await;
+        let (_, other) = world.admin().await.issue("other", &[]).await;
+        let (_, known) = world.admin().await.issue("known", &[]).await;
+        let validator = world.validator().await.token.expect("a token");
+        world.limits.data_calls_max = 1;
+        world.restart().await;
+        let validator = world.bearer(&validator).await;
+        assert_eq!(validator.verdict(&known).await, Verdict::Valid, "it is in memory now");
+        proxy.hold_after(world.db_digest(&slow.id).await);
+        let holder = tokio::spawn({
+            let validator = validator.clone();
+            async move { validator.verdict(&slow_secret).await }
+        });
+        eventually("the one place is taken", async || proxy.is_holding().then_some(())).await;
+        let question = proto::ValidateTokenRequest { token: known.clone(), peek: true, ..Default::default() };
+        let batch = proto::BatchValidateTokensRequest { requests: vec![question.clone(); 100] };
+        let bearer = format!("Bearer {known}");
+        // A message may come later than its head, and then goes to the handlers.
+        let one = eventually("a question is answered", async || validator.ask(question.clone()).await.ok()).await;
+        let many = eventually("a batch is answered", async || {
+            validator.validation().batch_validate_tokens(validator.request(batch.clone())).await.ok()
+        });
+        let many = many.await.into_inner();
+        let check = eventually("an Envoy is answered", async || {
+            check(&validator, &[("authorization", &bearer)], &[("required_scopes", "")]).await.ok()
+        });
+        assert_eq!((one.verdict(), many.responses.len(), http_status(&check.await)), (Verdict::Valid, 100, 200));
+        let asked = proto::ValidateTokenRequest { token: other, ..Default::default() };
+        assert_eq!(validator.ask(asked).await.expect_err("it is not in memory").code(), Code::ResourceExhausted);
+        assert!(!holder.is_finished(), "the place was taken all the time");
+        proxy.release();
+        assert_eq!(holder.await.expect("no panic"), Verdict::Valid);
+    });
 }
