@@ -394,23 +394,30 @@ async fn a_request_that_never_ends_is_not_answered_early(world: World) {
     let cast = cast(&world).await;
     let mut answers = Vec::new();
     for (content_type, twin) in WAYS {
+        let (caller, token) = (world.bearer(&cast.callers[0].secrets[twin]).await, cast.tokens[0].secrets[twin].clone());
+        // What is not in memory goes the long way for that alone.
+        caller.verdict(&token).await;
         let (client, connection) = raw(&world).await;
         tokio::spawn(connection);
-        let mut request =
-            crate::limits::head(&world.bearer(&cast.callers[0].secrets[twin]).await, "/keyward.v1.ValidationService/ValidateToken");
-        request.headers_mut().insert("content-type", content_type.parse().expect("a header value"));
-        let (response, mut stream) = client.ready().await.expect("ready").send_request(request, false).expect("sent");
-        let message = proto::ValidateTokenRequest { token: cast.tokens[0].secrets[twin].clone(), ..Default::default() };
-        stream.send_data(crate::limits::frame(&message), false).expect("sent");
-        answers.push(tokio::spawn(async move {
-            let seen = timeout(Duration::from_secs(30), seen(response)).await.expect("an end");
-            drop(stream);
-            seen
-        }));
+        // The head may come without the message; not each time.
+        for _ in 0..5 {
+            let mut request = crate::limits::head(&caller, "/keyward.v1.ValidationService/ValidateToken");
+            request.headers_mut().insert("content-type", content_type.parse().expect("a header value"));
+            let (response, mut stream) = client.clone().ready().await.expect("ready").send_request(request, false).expect("sent");
+            let message = proto::ValidateTokenRequest { token: token.clone(), ..Default::default() };
+            stream.send_data(crate::limits::frame(&message), false).expect("sent");
+            answers.push(tokio::spawn(async move {
+                let seen = timeout(Duration::from_secs(30), seen(response)).await.expect("an end");
+                drop(stream);
+                seen
+            }));
+        }
     }
-    let (ahead, generated) = (answers.remove(0).await.expect("no panic"), answers.remove(0).await.expect("no panic"));
-    assert_eq!(ahead.differences(&generated), Vec::<String>::new());
+    let generated = answers.pop().expect("one").await.expect("no panic");
     assert_eq!(code(&generated), "4");
+    for ended in answers {
+        assert_eq!(ended.await.expect("no panic").differences(&generated), Vec::<String>::new());
+    }
 }
 
 /// What a plain question costs hangs on this: a call that goes to the handlers takes a place among the calls that are under way, and here there is none left.
