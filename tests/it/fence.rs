@@ -272,7 +272,7 @@ fn changes_wait_for_a_server_that_must_confirm_until_it_is_released() {
         // What is not there is answered without waiting for anybody.
         let begin = Instant::now();
         assert_eq!(admin.delete("tok_0000000000000000000000").await.expect_err("nothing").code(), Code::NotFound);
-        assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
+        assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
         // Those who wait leave room for the one who ends it.
         let waiting: Vec<_> = (0..20)
             .map(|_| {

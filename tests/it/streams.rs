@@ -418,10 +418,10 @@ async fn a_drain_ends_streams_at_once(mut world: World) {
         let status = held.answers.status().await;
         assert_eq!((status.code(), &*reason(&status)), (Code::Unavailable, "STREAM_ENDED"), "{status:?}");
     }
-    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
     drop((silent, busy));
     stopping.await.expect("no panic").expect("a clean stop");
-    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
 }
 
 async fn open_streams_are_bounded_and_counted(mut world: World) {
